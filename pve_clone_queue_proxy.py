@@ -281,8 +281,10 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection te transfer-encoding upgrade"
     b" trailer proxy-authenticate proxy-authorization".split()
 )
-# What a Connection field can't make the proxy drop, whatever it names.
-PROTECTED = frozenset(b"host content-length content-type authorization cookie set-cookie csrfpreventiontoken".split())
+# What a Connection field can't make the proxy drop, whatever it names. (Upgrade is dropped or kept for its own reasons.)
+PROTECTED = frozenset(
+    b"host content-length content-type authorization cookie set-cookie csrfpreventiontoken upgrade".split()
+)
 
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -777,21 +779,19 @@ class ClientGone(Exception):
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """How the backend's certificate is verified. Raises FlagError if `-ca` can't be read."""
-    if settings.backend.scheme == "http":
-        return None
+    """How the backend's certificate is verified; None without TLS. Raises FlagError if `-ca` can't be read."""
     if settings.insecure:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        return context
+        return context if settings.backend.scheme == "https" else None
     try:
         context = ssl.create_default_context(cafile=settings.ca or None)
     except OSError as error:  # SSLError is one: a file without certificates
         raise FlagError(f"invalid value {settings.ca!r} for flag -ca: {error.strerror or error}") from None
     # CAs made by older PVE releases have no keyUsage, which Python 3.13's default refuses.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
+    return context if settings.backend.scheme == "https" else None
 
 
 # A client has left when it has closed its connection, or only its sending half: nginx and Go read that so too.
@@ -881,7 +881,7 @@ class BackendConnection:
 
     def response(self, method: bytes, upgrade: bool, on_interim: Callable[[Response], None]) -> Response:
         """The final answer's head; interim ones (RFC 9110 15.2) are handed to `on_interim`."""
-        for _ in range(MAX_INTERIM + 1):
+        for interim in range(MAX_INTERIM + 1):
             response = self._response_head(method)
             if response.status >= 200:
                 return response
@@ -889,7 +889,8 @@ class BackendConnection:
                 if upgrade and response.head.tokens(b"upgrade") == {b"websocket"}:
                     return response
                 raise BackendError(502, "the backend's answer is malformed: a 101 that was not asked for")
-            on_interim(response)
+            if interim < MAX_INTERIM:
+                on_interim(response)
         raise BackendError(502, f"the backend's answer is malformed: more than {MAX_INTERIM} interim answers")
 
     def _response_head(self, method: bytes) -> Response:
@@ -1152,7 +1153,8 @@ class CloneCall:
     user: str
 
     def __str__(self) -> str:
-        return f"node={printable(self.node)} vmid={self.source}"
+        node = printable(self.node).replace(" ", "\\x20")
+        return f"node={node} vmid={printable(self.source)}"
 
 
 def clone_call(request: Request, qemu: bool) -> tuple[str, str, str] | None:
@@ -1697,7 +1699,8 @@ class CloneQueue:
             for job in list(self._waiting):
                 if self._present(job):
                     self._give(job, job.failed or error_answer(_shutting_down()))
-                self._withdraw(job, Stage.ENDED, "failed" if job.failed else "not started")
+                    log.warning("CLONE REJECTED: shutting down: %s", job.call)
+                self._withdraw(job, Stage.ENDED, "failed" if job.failed else "rejected")
 
     def wait_until_idle(self, deadline: float) -> bool:
         """Wait until no clone runs; False if one still does at the deadline."""
@@ -2524,7 +2527,7 @@ def metrics(snapshot: dict[str, Any]) -> str:
     def family(name: str, kind: str, text: str, samples: dict[str, float]) -> None:
         name = f"pve_clone_queue_{name}"
         lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
-        lines.extend(f"{name}{labels} {value:g}" for labels, value in samples.items())
+        lines.extend(f"{name}{labels} {value!r}" for labels, value in samples.items())
 
     totals = snapshot["totals"]
     family("queued", "gauge", "Clones that wait.", {"": len(snapshot["waiting"])})
@@ -2762,13 +2765,14 @@ def start_vital_thread(name: str, run: Callable[[], object]) -> None:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HOUSEKEEPING_SECONDS = 0.5
+SHUTDOWN_POLL_SECONDS = 0.1  # how often the accepting thread looks whether it should end
 
 
 def serve(settings: Settings, server: ProxyServer, status: StatusServer | None, systemd: Systemd) -> None:
     """Run until SIGTERM or SIGINT. SIGHUP loads the listener's certificate anew."""
     clones = server.clones
     start_vital_thread("clone worker", clones.run)
-    start_vital_thread("accept", server.serve_forever)
+    start_vital_thread("accept", lambda: server.serve_forever(SHUTDOWN_POLL_SECONDS))
     if status:
         start_vital_thread("status", status.serve_forever)
     systemd.send("READY=1")
@@ -2776,7 +2780,7 @@ def serve(settings: Settings, server: ProxyServer, status: StatusServer | None, 
         received = signal.sigtimedwait(SIGNALS, HOUSEKEEPING_SECONDS)
         if received and received.si_signo != signal.SIGHUP:
             return
-        if received:
+        if received and settings.tls_cert:
             try:
                 server.tls = server_tls(settings)
                 log.info("certificate loaded anew")
@@ -2809,9 +2813,10 @@ def stop(server: ProxyServer, systemd: Systemd) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the program; its exit status: 0 after a signal, 1 if it can't listen, 2 for a wrong flag."""
-    if arguments[-1:] and arguments[-1].lstrip("-") in ("help", "h", "version") and arguments[-1].startswith("-"):
-        print(f"{PROGRAM} {VERSION}" if arguments[-1].endswith("version") else usage())
-        return 0
+    for argument in arguments:
+        if re.fullmatch("--?(h|help|version)", argument):
+            print(f"{PROGRAM} {VERSION}" if argument.endswith("version") else usage())
+            return 0
     set_up_log()
     try:
         settings = parse_flags(arguments)
@@ -2822,15 +2827,16 @@ def main(arguments: list[str]) -> int:
         return 2
     systemd = Systemd(os.environ.get("NOTIFY_SOCKET"))
     try:
-        listener = systemd.take_back(settings.listen) or listen_on(settings.listen)
+        listener = systemd.take_back(settings.listen)
+        if not listener:
+            listener = listen_on(settings.listen)
+            systemd.keep(listener)
         status_listener = listen_on(settings.status_listen) if settings.status_listen else None
     except ListenError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
-    systemd.keep(listener)
     # Blocked here and in every thread, to be taken by sigtimedwait: no handler can interrupt what holds a lock.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.stack_size(512 * 1024)
     server = ProxyServer(listener, settings, backend, CloneQueue(settings, backend), tls)
     status = StatusServer(status_listener, server) if status_listener else None
     log.info("LISTENING: %s backend=%s", address_text(listener), settings.backend)

@@ -127,15 +127,14 @@ def wait_until(condition: Callable[[], Any], what: str = "", seconds: float = LO
 
 
 def pem_file(text: str) -> str:
-    """A temporary file of this content, deleted when the process ends."""
-    file = tempfile.NamedTemporaryFile("w", suffix=".pem")
-    file.write(text)
-    file.flush()
-    _pem_files.append(file)
-    return file.name
+    """A file of this content; its folder is deleted when the process ends."""
+    path = os.path.join(_pem_folder.name, hashlib.sha256(text.encode()).hexdigest() + ".pem")
+    with open(path, "w") as file:
+        file.write(text)
+    return path
 
 
-_pem_files: list[Any] = []
+_pem_folder = tempfile.TemporaryDirectory()
 
 
 def server_context(certificate: str = "new") -> ssl.SSLContext:
@@ -223,6 +222,11 @@ class FakePVE:
                     handler.request.settimeout(10)
                     handler.request = context.wrap_socket(handler.request, server_side=True)
                 super().setup()
+
+            def finish(handler) -> None:  # noqa: N805
+                with contextlib.suppress(OSError):
+                    super().finish()
+                handler.request.close()
 
         self.server = QuietServer(("127.0.0.1", port), Handler)
         self.port = self.server.server_address[1]
@@ -736,20 +740,27 @@ class ScriptedBackend:
         self.close()
 
 
-def answering(*answers: bytes) -> Callable[[ScriptedBackend], Callable[[Wire], None]]:
-    """A script: each request gets the next answer, the last one for ever."""
+def answering(*answers: bytes) -> ScriptedBackend:
+    """A backend that gives each request the next answer, the last one for ever."""
+    left = collections.deque(answers)
 
-    def script_of(backend: ScriptedBackend) -> Callable[[Wire], None]:
-        left = collections.deque(answers)
+    def script(wire: Wire) -> None:
+        while True:
+            backend.request(wire)
+            wire.send(left.popleft() if len(left) > 1 else left[0])
 
-        def script(wire: Wire) -> None:
-            while True:
-                backend.request(wire)
-                wire.send(left.popleft() if len(left) > 1 else left[0])
+    backend = ScriptedBackend(script)
+    return backend
 
-        return script
 
-    return script_of
+def by_path(answers: list[bytes]) -> ScriptedBackend:
+    """A backend that gives a request for /N the Nth answer, and then closes."""
+
+    def script(wire: Wire) -> None:
+        wire.send(answers[int(backend.request(wire).first.split()[1][1:])])
+
+    backend = ScriptedBackend(script)
+    return backend
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -763,6 +774,7 @@ class Proxy:
         environment = {key: value for key, value in os.environ.items() if key != "JOURNAL_STREAM"} | (env or {})
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.tls = "-tls-cert" in flags
+        self.wires: list[Wire] = []
         self.log: list[str] = []
         self._logged = threading.Condition()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -797,11 +809,13 @@ class Proxy:
         return [line for line in self.log if re.search(pattern, line)]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it by a signal; its exit status. What it logged must hold no traceback."""
-        if self.process.poll() is None:
+        """End it by a signal (0: wait for its end); its exit status. What it logged must hold no traceback."""
+        if number and self.process.poll() is None:
             self.process.send_signal(number)
         status = self.process.wait(LONG * 3)
         self._reader.join(LONG)
+        for wire in self.wires:
+            wire.close()
         assert self.process.stderr
         self.process.stderr.close()
         if any("Traceback" in line for line in self.log):
@@ -861,6 +875,1627 @@ def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
     """The results of that many calls made at the same time."""
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         return list(pool.map(call, range(count)))
+
+
+# Tests of single functions
+
+
+class Durations(unittest.TestCase):
+    def test_go_syntax(self) -> None:
+        for text, seconds in [
+            ("300ms", 0.3), ("1.5h", 5400), ("1m30s", 90), (".5s", 0.5), ("0", 0), ("5m", 300), ("1h30m", 5400),
+            ("2.s", 2), ("100us", 1e-4), ("7µs", 7e-6), ("1000000ns", 1e-3), ("+3s", 3),
+        ]:  # fmt: skip
+            with self.subTest(text):
+                self.assertAlmostEqual(program.parse_duration(text), seconds)
+
+    def test_refuses_what_go_refuses(self) -> None:
+        for text in ["", "5", "s", "1 s", "-1s", "1x", "1s ", ".s", "1e3s", "٣s", "1_0s", "0x1s", "9" * 40 + "h", "+"]:
+            with self.subTest(text), self.assertRaises(ValueError):
+                program.parse_duration(text)
+
+
+class Flags(unittest.TestCase):
+    def test_defaults(self) -> None:
+        settings = program.parse_flags([])
+        self.assertEqual(settings.listen, ("", 8081))
+        self.assertEqual(str(settings.backend), "https://127.0.0.1:8006")
+        self.assertEqual((settings.insecure, settings.poll_delay, settings.task_timeout), (True, 0.5, 300))
+        self.assertEqual((settings.request_timeout, settings.queue_size, settings.lock_timeout), (30, 100, 300))
+
+    def test_go_syntax(self) -> None:
+        settings = program.parse_flags(
+            ["--listen", "[::1]:1", "-backend=http://pve.example:80", "-insecure=false", "--verbose", "-queue-size=3"]
+        )
+        self.assertEqual(settings.listen, ("::1", 1))
+        self.assertEqual(settings.backend.authority, "pve.example:80")
+        self.assertEqual((settings.insecure, settings.verbose, settings.queue_size), (False, True, 3))
+        self.assertTrue(program.parse_flags(["-insecure=false", "-insecure"]).insecure)
+
+    def test_errors_name_flag_and_value(self) -> None:
+        for arguments, words in [
+            (["-poll-delay", "5"], ["-poll-delay", "'5'"]),
+            (["-poll-delay"], ["-poll-delay", "needs a value"]),
+            (["-nonsense"], ["-nonsense"]),
+            (["-insecure", "false"], ["'false'"]),
+            (["-insecure=maybe"], ["-insecure", "'maybe'"]),
+            (["-listen", "8081"], ["-listen", "'8081'"]),
+            (["-listen", ":99999"], ["-listen", "':99999'"]),
+            (["-backend", "https://host/path"], ["-backend", "'https://host/path'"]),
+            (["-backend", "ftp://host"], ["-backend"]),
+            (["-backend", "https://u@host"], ["-backend"]),
+            (["-queue-size", "0"], ["-queue-size", "'0'"]),
+            (["-queue-size", "+5"], ["-queue-size", "'+5'"]),
+            (["-task-timeout", "0"], ["-task-timeout"]),
+            (["-answer", "never"], ["-answer", "'never'"]),
+            (["-tls-cert", "x"], ["-tls-cert", "-tls-key"]),
+            (["--", "x"], ["'--'"]),
+        ]:
+            with self.subTest(arguments), self.assertRaises(program.FlagError) as caught:
+                program.parse_flags(arguments)
+            for word in words:
+                self.assertIn(word, str(caught.exception))
+
+
+def request_of(first_line: str, *fields: str) -> program.Request:
+    """A parsed request."""
+    lines = [first_line, *(fields or ("Host: pve",))]
+    return program.Request(program.Head("\r\n".join([*lines, ""]).encode("latin-1")))
+
+
+class CloneRecognition(unittest.TestCase):
+    """A path is a clone when PVE reads it as one."""
+
+    def test_spellings_that_pve_accepts(self) -> None:
+        for target in [
+            "/api2/json/nodes/pve/lxc/9000/clone",
+            "/api2/json/nodes/pve/lxc/9000/clone/",
+            "/api2/json//nodes/pve/lxc/9000//clone",
+            "/api2/json/nodes/pve/lxc/9000/%63lone",
+            "/api2/json/nodes/pve%2Flxc/9000/clone",
+            "/api2/json/nodes/pve/lxc/9000/clone?newid=5",
+            "/%61pi2/json/nodes/any thing/lxc/1/clone".replace(" ", "%20"),
+            "/api2/json/nodes/localhost/lxc/00000000000000000000001/clone",
+            "http://elsewhere/api2/json/nodes/pve/lxc/9000/clone",
+        ]:
+            with self.subTest(target):
+                self.assertIsNotNone(program.clone_call(request_of(f"POST {target} HTTP/1.1"), False))
+
+    def test_everything_else_is_relayed(self) -> None:
+        for line in [
+            "GET /api2/json/nodes/pve/lxc/9000/clone",
+            "PUT /api2/json/nodes/pve/lxc/9000/clone",
+            "POST /api2/extjs/nodes/pve/lxc/9000/clone",
+            "POST /api2/json/nodes/pve/qemu/9000/clone",
+            "POST /api2/json/nodes/pve/lxc/9000/clone/x",
+            "POST /api2/json/nodes/pve/lxc/9000/snapshot",
+            "POST /api2/json/nodes/pve/lxc/9000/%2563lone",
+            "POST /api2/json/nodes/pve/lxc/x9000/clone",
+            "POST /api2/json/nodes/pve/lxc/%D9%A3/clone",
+            "POST /api2/json/nodes/pve/lxc/clone",
+            "POST /?/api2/json/nodes/pve/lxc/9000/clone",
+        ]:
+            with self.subTest(line):
+                self.assertIsNone(program.clone_call(request_of(f"{line} HTTP/1.1"), False))
+
+    def test_vms_when_asked_for(self) -> None:
+        request = request_of("POST /api2/json/nodes/n/qemu/9/clone HTTP/1.1")
+        self.assertEqual(program.clone_call(request, True), ("qemu", "n", "9"))
+
+    def test_newid_in_all_three_places(self) -> None:
+        request = request_of("POST /x?newid=7 HTTP/1.1")
+        self.assertEqual(program.newid_of(request, b""), "7")
+        self.assertEqual(program.newid_of(request, b"full=1&newid=8"), "8")
+        self.assertEqual(program.newid_of(request, b'{"newid": 9}'), "9")
+        self.assertEqual(program.newid_of(request, b'{"newid": "10"}'), "10")
+        self.assertEqual(program.newid_of(request_of("POST /x HTTP/1.1"), b'{"newid": [1]}'), "")
+        self.assertEqual(program.newid_of(request, b"[" * 100000), "7")
+
+
+class LockTexts(unittest.TestCase):
+    def test_refusals(self) -> None:
+        for kind, text, locked in [
+            ("lxc", "CT is locked (disk)", True),
+            ("lxc", "CT is locked (backup)", True),
+            ("lxc", "can't lock file '/run/lock/lxc/pve-config-9000.lock' - got timeout", True),
+            ("lxc", "cfs-lock 'firewall-vm-105' error: got lock request timeout", True),
+            ("qemu", "VM is locked (clone)", True),
+            ("lxc", "VM is locked (clone)", False),
+            ("qemu", "CT is locked (disk)", False),
+            ("lxc", "can't lock file '/run/lock/lxc/pve-config-105.lock' - got timeout", False),
+            ("lxc", "cfs-lock 'firewall-vm-9000' error: got lock request timeout", False),
+            ("lxc", "can't lock file '/var/log/pve/tasks/.active.lock' - got timeout", False),
+            ("lxc", "CT is locked (disk) at somewhere", False),
+            ("lxc", "CT is locked", False),
+            ("lxc", "CT 105 already exists on node 'pve'", False),
+            ("lxc", "got no worker upid - start worker failed", False),
+        ]:
+            with self.subTest(kind=kind, text=text):
+                match = program.locked_refusals(kind, "9000", "105").fullmatch(text)
+                self.assertEqual(match is not None, locked)
+
+    def test_exit_statuses(self) -> None:
+        for kind, text, again in [
+            ("lxc", "clone failed: can't lock file '/var/lock/pve-manager/pve-storage-local-lvm' - got timeout", True),
+            ("lxc", "clone failed: cfs-lock 'storage-x' error: got lock request timeout", True),
+            ("lxc", "clone failed: can't add VM 105 to pool 'p': cfs-lock 'file-user_cfg' error: got lock request timeout",
+             True),
+            ("qemu", "can't lock file '/var/lock/qemu-server/lock-9000.conf' - got timeout", True),
+            ("lxc", "can't lock file '/var/lock/qemu-server/lock-9000.conf' - got timeout", False),
+            ("qemu", "can't lock file '/var/lock/qemu-server/lock-105.conf' - got timeout", False),
+            ("lxc", "clone failed: can't lock file '/run/lock/lxc/pve-config-105.lock' - got timeout", False),
+            ("lxc", "can't lock file '/var/lock/pve-manager/pve-storage-local-lvm' - got timeout", False),
+            ("lxc", "clone failed: unable to create image: got lock timeout - aborting command", False),
+            ("lxc", "unexpected status", False),
+        ]:  # fmt: skip
+            with self.subTest(kind=kind, text=text):
+                match = program.contention_statuses(kind, "9000", "105").fullmatch(text)
+                self.assertEqual(match is not None, again)
+
+
+class Upids(unittest.TestCase):
+    def test_what_is_polled(self) -> None:
+        def upid_in(data: object, status: int = 200) -> str | None:
+            body = json.dumps({"data": data}).encode()
+            head = program.Head(b"HTTP/1.1 %d OK\r\nContent-Length: %d\r\n" % (status, len(body)))
+            return program.upid_of(program.Answer(program.Response(head, b"POST"), body))
+
+        good = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!t:"
+        self.assertEqual(upid_in(good), good)
+        self.assertEqual(upid_in("UPID:" + "x" * 495), "UPID:" + "x" * 495)
+        self.assertIsNone(upid_in(good, 500))
+        for bad in ["UPID:" + "x" * 496, "UPID:a b", "UPID:a/b", "UPID:a%62", "UPID:a?b", "UPID:a#b", "UPID:a\n", "UPID:",
+                    "UPID:é", "upid:x", "xUPID:x", None, 5, ["UPID:x"], {}]:  # fmt: skip
+            with self.subTest(bad):
+                self.assertIsNone(upid_in(bad))
+
+
+class LocalProcesses(unittest.TestCase):
+    def test_finds_the_very_process_and_sees_its_end(self) -> None:
+        child = subprocess.Popen(["sleep", "60"])
+        with open(f"/proc/{child.pid}/stat") as file:
+            start = int(file.read().rpartition(")")[2].split()[19])
+        upid = f"UPID:pve:{child.pid:08X}:{{:08X}}:6B051704:vzclone:9000:root@pam:"
+        self.assertIsNone(program.LocalProcess.find(upid.format(start + 1)))
+        process = program.LocalProcess.find(upid.format(start))
+        assert process
+        self.assertFalse(process.wait(0.01))
+        child.kill()
+        self.assertFalse(process.wait(0.2), "a zombie still counts as running")
+        child.wait()
+        self.assertTrue(process.wait(0.0))
+        process.close()
+        self.assertIsNone(program.LocalProcess.find(upid.format(start)))
+
+    def test_nonsense(self) -> None:
+        for upid in ["UPID:x", "UPID:pve:00000000:00000000:", "UPID:pve:FFFFFFFF:00000001:"]:
+            self.assertIsNone(program.LocalProcess.find(upid))
+
+
+# The program's command line
+
+
+class CommandLine(unittest.TestCase):
+    def run_program(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, PROGRAM, *arguments], capture_output=True, text=True, timeout=LONG)
+
+    def test_wrong_flags_exit_with_2_and_one_line(self) -> None:
+        for arguments in [["-poll-delay", "x"], ["-insecure=false", "-ca", "/nonexistent.pem"], ["extra"],
+                          ["-insecure=false", "-ca", PROGRAM],
+                          ["-tls-cert", "/nonexistent.pem", "-tls-key", "/nonexistent.pem"]]:  # fmt: skip
+            with self.subTest(arguments):
+                result = self.run_program(*arguments)
+                self.assertEqual(result.returncode, 2)
+                self.assertEqual(len(result.stderr.splitlines()), 1, result.stderr)
+                self.assertIn(arguments[-1], result.stderr)
+
+    def test_addresses_that_fail_exit_with_1(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            for address in [f"127.0.0.1:{port}", "192.0.2.1:80", "no-such-host.invalid:80"]:
+                with self.subTest(address):
+                    result = self.run_program("-listen", address)
+                    self.assertEqual(result.returncode, 1)
+                    self.assertEqual(len(result.stderr.splitlines()), 1, result.stderr)
+                    self.assertIn(address, result.stderr)
+
+    def test_help_and_version(self) -> None:
+        self.assertIn("-task-timeout", self.run_program("-help").stdout)
+        self.assertIn(program.VERSION, self.run_program("--version").stdout)
+
+    def test_all_addresses_in_one_socket_with_a_warning(self) -> None:
+        command = [sys.executable, PROGRAM, "-listen", ":0", "-backend", "http://127.0.0.1:1"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr
+            match = re.search(r"LISTENING: \S*:(\d+) ", process.stderr.readline())
+            assert match
+            self.assertIn("clear text", process.stderr.readline())
+            for host in ["127.0.0.1", "::1"] if socket.has_ipv6 and os.path.exists("/proc/net/if_inet6") else ["127.0.0.1"]:
+                socket.create_connection((host, int(match[1])), LONG).close()
+            process.terminate()
+            self.assertEqual(process.wait(LONG), 0)
+
+    def test_journal_priorities(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url, env={"JOURNAL_STREAM": "1:2"}) as proxy:
+            self.assertEqual(proxy.clone(201, source=777).status, 500)
+            proxy.wait_log(r"^<4>CLONE FAILED: node=pve vmid=777 status=500 unable to find configuration file")
+            proxy.wait_log(r"^<6>CLONE QUEUED: node=pve vmid=777")
+
+
+# Relaying
+
+
+class Relaying(unittest.TestCase):
+    def test_target_fields_and_body_go_through_byte_for_byte(self) -> None:
+        answer = (b"HTTP/1.1 299 Very \xfcnusual  Reason\r\nX-One: 1\r\nset-cookie: a=1\r\nSET-COOKIE: b=2\r\n"
+                  b"Content-Length: 4\r\nX-Last:\r\n\r\n\0\1\r\n")  # fmt: skip
+        with answering(answer) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(b"PUT /a%2Fb//c/?q=%20&a;b HTTP/1.1\r\nHost: the.host:99\r\nX-b: 2\r\nx-A:  1 \r\nX-b: 3\r\n"
+                      b"Content-Length: 5\r\n\r\n12\r\n3")  # fmt: skip
+            got = wire.until(b"\r\n\r\n") + wire.exactly(4)
+            self.assertEqual(got, answer)
+            request = backend.requests[0]
+            self.assertEqual(request.first, b"PUT /a%2Fb//c/?q=%20&a;b HTTP/1.1")
+            self.assertEqual(request.fields, [(b"Host", b"the.host:99"), (b"X-b", b"2"), (b"x-A", b" 1 "), (b"X-b", b"3"),
+                                              (b"Content-Length", b"5"), (b"X-Forwarded-For", b"127.0.0.1")])  # fmt: skip
+            self.assertEqual(request.body, b"12\r\n3")
+
+    def test_hop_by_hop_fields_are_dropped_both_ways(self) -> None:
+        answer = (b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Mine\r\nKeep-Alive: 5\r\nX-Mine: 1\r\nTrailer: T\r\n"
+                  b"Proxy-Authenticate: x\r\nUpgrade: h2c\r\nContent-Length: 0\r\nX-Kept: 1\r\n\r\n")  # fmt: skip
+        with answering(answer) as backend, Proxy(backend.url) as proxy:
+            response = proxy.ask(
+                b"GET / HTTP/1.1\r\nHost: a\r\nConnection: X-Yours, Host, authorization, Cookie, Content-Length, "
+                b"CSRFPreventionToken\r\nX-Yours: 1\r\nTE: trailers\r\nProxy-Connection: x\r\nUpgrade: h2c\r\n"
+                b"Keep-Alive: 1\r\nAuthorization: me\r\nCookie: c\r\nCSRFPreventionToken: t\r\nX-Kept: 1\r\n\r\n"
+            )
+            self.assertEqual(response.fields, [(b"Content-Length", b"0"), (b"X-Kept", b"1")])
+            self.assertEqual([name for name, _ in backend.requests[0].fields],
+                             [b"Host", b"Authorization", b"Cookie", b"CSRFPreventionToken", b"X-Kept",
+                              b"X-Forwarded-For"])  # fmt: skip
+
+    def test_forwarded_for_is_one_address(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy:
+            for fields, address in [
+                ([], b"127.0.0.1"),
+                (["X-Forwarded-For: 192.0.2.7"], b"192.0.2.7"),
+                (["X-Forwarded-For: 10.0.0.1, 192.0.2.7"], b"192.0.2.7"),
+                (["X-Forwarded-For: 10.0.0.1", "x-forwarded-for: 2001:db8::1"], b"2001:db8::1"),
+                (["X-Forwarded-For: ::ffff:192.0.2.9"], b"192.0.2.9"),
+                (["X-Forwarded-For: 192.0.2.7, nonsense"], b"127.0.0.1"),
+                (["X-Forwarded-For: 192.0.2.7:80"], b"127.0.0.1"),
+            ]:
+                with self.subTest(fields):
+                    proxy.get("/", *fields)
+                    self.assertEqual(backend.requests[-1].all("x-forwarded-for"), [address])
+
+    def test_http_1_0_request_without_host_gets_the_backends(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(b"GET / HTTP/1.0\r\n\r\n")
+            self.assertEqual(wire.message().body, b"ok")
+            self.assertTrue(wire.closed())
+            self.assertEqual(backend.requests[0].get("host"), f"127.0.0.1:{backend.port}".encode())
+
+    def test_absolute_form_uses_path_and_query_alone(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy:
+            for target, path in [(b"http://evil.example/a?b", b"/a?b"), (b"https://evil.example", b"/"),
+                                 (b"HTTP://evil.example?q", b"/?q")]:  # fmt: skip
+                self.assertEqual(proxy.ask(b"GET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n").status, 200)
+                self.assertEqual(backend.requests[-1].first, b"GET " + path + b" HTTP/1.1")
+                self.assertEqual(backend.requests[-1].get("host"), b"h")
+            self.assertEqual(proxy.ask(b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n").status, 200)
+            self.assertEqual(backend.requests[-1].first, b"OPTIONS * HTTP/1.1")
+
+    def test_empty_line_before_a_request_is_skipped(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy:
+            self.assertEqual(proxy.ask(b"\r\nGET / HTTP/1.1\r\nHost: h\r\n\r\n").status, 200)
+
+    def test_pipelined_requests_are_answered_in_order(self) -> None:
+        def script(wire: Wire) -> None:
+            while True:
+                path = backend.request(wire).first.split()[1]
+                wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(path), path))
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(b"".join(b"POST /%d HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc" % i for i in range(20)))
+            self.assertEqual([wire.message().body for _ in range(20)], [b"/%d" % i for i in range(20)])
+            self.assertEqual([request.body for request in backend.requests], [b"abc"] * 20)
+
+    def test_answers_framed_for_the_client(self) -> None:
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nT: 1\r\n\r\n"
+        table = [
+            (chunked, b"1.1", [(b"Transfer-Encoding", b"chunked")], b"abcde", False),
+            (chunked, b"1.0", [(b"Connection", b"close")], b"abcde", True),
+            (b"HTTP/1.1 200 OK\r\n\r\nto the end", b"1.1", [(b"Connection", b"close")], b"to the end", True),
+            (b"HTTP/1.1 204 No Content\r\n\r\n", b"1.1", [], b"", False),
+            (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", b"1.1", [(b"Content-Length", b"9")], b"", False),
+            (OK, b"1.0", [(b"Content-Length", b"2"), (b"Connection", b"keep-alive")], b"ok", False),
+            (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", b"1.1", [(b"Content-Length", b"2")], b"ok", False),
+        ]
+        with by_path([row[0] for row in table]) as backend, Proxy(backend.url) as proxy:
+            for index, (answer, version, fields, body, closes) in enumerate(table):
+                with self.subTest(answer=answer, version=version), proxy.wire() as wire:
+                    keep = b"Connection: keep-alive\r\n" if version == b"1.0" else b""
+                    request = b"GET /%d HTTP/%b\r\nHost: h\r\n%b\r\n" % (index, version, keep)
+                    wire.send(request)
+                    response = wire.message()
+                    self.assertEqual((response.fields, response.body), (fields, body))
+                    if closes:
+                        self.assertTrue(wire.closed())
+                    else:
+                        wire.send(request)
+                        self.assertEqual(wire.message().body, body)
+
+    def test_head_answers_have_no_body(self) -> None:
+        with answering(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n") as backend, Proxy(backend.url) as proxy:
+            with proxy.wire() as wire:
+                wire.send(b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n" * 2)
+                for _ in range(2):
+                    self.assertEqual(wire.message(no_body=True).get("content-length"), b"99")
+
+    def test_interim_answers_reach_http_1_1_clients(self) -> None:
+        interim = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+        with answering(interim * 2 + OK) as backend, Proxy(backend.url) as proxy:
+            with proxy.wire() as wire:
+                wire.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+                self.assertEqual([wire.message().status for _ in range(3)], [103, 103, 200])
+            self.assertEqual(proxy.ask(b"GET / HTTP/1.0\r\n\r\n").status, 200)
+        with answering(interim * 11 + OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            self.assertEqual([wire.message().status for _ in range(11)], [103] * 10 + [502])
+
+    def test_expect_is_answered_here(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(b"POST / HTTP/1.1\r\nHost: h\r\nExpect: 100-Continue\r\nContent-Length: 3\r\n\r\n")
+            self.assertEqual(wire.message().first, b"HTTP/1.1 100 Continue")
+            wire.send(b"abc")
+            self.assertEqual(wire.message().body, b"ok")
+            self.assertIsNone(backend.requests[0].get("expect"))
+            self.assertEqual(backend.requests[0].body, b"abc")
+
+    def test_error_of_an_unreachable_backend_has_pves_shape(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            port = unused.getsockname()[1]
+        with Proxy(f"https://127.0.0.1:{port}") as proxy:
+            response = proxy.get("/")
+            self.assertEqual(response.status, 502)
+            content = json.loads(response.body)
+            self.assertEqual(content, {"data": None, "message": response.first[13:].decode()})
+            self.assertIn("can't be reached", content["message"])
+
+    def test_verbose_logs_requests_without_queries(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url, "-verbose") as proxy:
+            proxy.get("/path?secret=1", "Authorization: hidden")
+            proxy.wait_log(r"RELAYED: GET /path status=200 bytes=\d+ time=")
+            self.assertEqual(proxy.lines("secret|hidden"), [])
+
+    def test_failed_logins_are_logged_with_the_clients_address(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            for format_, status in [("json", 401), ("extjs", 200)]:
+                body = "username=root@pam&password=bad"
+                request = (f"POST /api2/{format_}/access/ticket HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 192.0.2.7\r\n"
+                           f"Content-Length: {len(body)}\r\n\r\n{body}")  # fmt: skip
+                self.assertEqual(proxy.ask(request.encode()).status, status)
+                self.assertEqual(proxy.ask(request.replace("bad", "good").replace("30", "31").encode()).status, 200)
+                proxy.wait_log(rf"AUTH FAILED: client=192\.0\.2\.7 path=/api2/{format_}/access/ticket$")
+            self.assertEqual(len(proxy.lines("AUTH FAILED")), 2)
+
+    def test_certificates_old_and_new_are_verified(self) -> None:
+        for kind, ca, other in [("old", OLD_CA, NEW_CA), ("new", NEW_CA, OLD_CA)]:
+            with self.subTest(kind), FakePVE(tls=kind) as pve:
+                with Proxy(pve.url, "-insecure=false", "-ca", pem_file(ca)) as proxy:
+                    self.assertEqual(proxy.get("/").status, 200)
+                with Proxy(pve.url, "-insecure=false", "-ca", pem_file(other)) as proxy:
+                    response = proxy.get("/")
+                    self.assertEqual(response.status, 502)
+                    self.assertIn(b"certificate verify failed", response.first)
+
+
+class BackendConnections(unittest.TestCase):
+    """Which connections are used again, and which never."""
+
+    def test_safe_requests_share_a_connection_and_others_do_not(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy:
+            for _ in range(5):
+                proxy.get("/")
+            self.assertEqual(backend.connections, 1)
+            for _ in range(3):
+                proxy.ask(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx")
+            self.assertEqual(backend.connections, 4)
+
+    def test_a_connection_that_turns_out_closed_is_not_the_clients_problem(self) -> None:
+        release = threading.Event()
+
+        def script(wire: Wire) -> None:
+            backend.request(wire)
+            wire.send(OK)
+            # Wait for the second request, so that the close can't be seen before it is sent.
+            if not release.is_set():
+                wire.more()
+                release.set()
+                wire.reset()
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            self.assertEqual(proxy.get("/").status, 200)
+            self.assertEqual(proxy.get("/").status, 200)
+            self.assertEqual(backend.connections, 2)
+
+    def test_not_used_again(self) -> None:
+        post = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
+        get = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+        for what, request, answer in [
+            ("carried a chunked request", post, OK),
+            ("has a byte beyond its answer", get, OK + b"H"),
+            ("answered with close", get, OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")),
+            ("answered in HTTP/1.0", get, OK.replace(b"1.1", b"1.0")),
+        ]:
+            with self.subTest(what), answering(answer, OK) as backend, Proxy(backend.url) as proxy:
+                self.assertEqual(proxy.ask(request).status, 200)
+                self.assertEqual(proxy.get("/").body, b"ok")
+                self.assertEqual(backend.connections, 2)
+
+    def test_bytes_that_follow_later_spoil_no_other_answer(self) -> None:
+        sent = threading.Event()
+
+        def script(wire: Wire) -> None:
+            backend.request(wire)
+            wire.send(OK)
+            if backend.connections == 1:
+                wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+                sent.set()
+                wire.more()
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            proxy.get("/")
+            self.assertTrue(sent.wait(LONG))
+            self.assertEqual(proxy.get("/").body, b"ok")
+
+
+BAD_REQUESTS: list[tuple[str, bytes, int]] = [
+    ("obsolete folding", b"GET / HTTP/1.1\r\nHost: h\r\nX: a\r\n b\r\n\r\n", 400),
+    ("blank before the colon", b"GET / HTTP/1.1\r\nHost : h\r\n\r\n", 400),
+    ("no colon", b"GET / HTTP/1.1\r\nHost: h\r\nnonsense\r\n\r\n", 400),
+    ("empty name", b"GET / HTTP/1.1\r\nHost: h\r\n: x\r\n\r\n", 400),
+    ("name is no token", b"GET / HTTP/1.1\r\nHost: h\r\nX(y): x\r\n\r\n", 400),
+    ("8-bit name", b"GET / HTTP/1.1\r\nHost: h\r\nX\xe9: x\r\n\r\n", 400),
+    ("NUL in a value", b"GET / HTTP/1.1\r\nHost: h\r\nX: a\0b\r\n\r\n", 400),
+    ("bare CR in a value", b"GET / HTTP/1.1\r\nHost: h\r\nX: a\rb\r\n\r\n", 400),
+    ("control byte in a value", b"GET / HTTP/1.1\r\nHost: h\r\nX: a\x1bb\r\n\r\n", 400),
+    ("DEL in a value", b"GET / HTTP/1.1\r\nHost: h\r\nX: a\x7fb\r\n\r\n", 400),
+    ("bare LF ends a line", b"GET / HTTP/1.1\nHost: h\r\n\r\n", 400),
+    ("bare LF ends all lines", b"GET / HTTP/1.1\nHost: h\n\n", 400),
+    ("101 fields", b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X: 1\r\n" * 100 + b"\r\n", 431),
+    ("head over 64 KiB", b"GET / HTTP/1.1\r\nHost: h\r\nX: " + b"a" * 66000 + b"\r\n\r\n", 431),
+    ("head without an end", b"GET / HTTP/1.1\r\nHost: h\r\nX: " + b"a" * 80000, 431),
+    ("request line over 16 KiB", b"GET /" + b"a" * 17000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", 414),
+    ("request line without an end", b"GET /" + b"a" * 20000, 414),
+    ("HTTP/2.0", b"GET / HTTP/2.0\r\nHost: h\r\n\r\n", 505),
+    ("HTTP/0.9", b"GET / HTTP/0.9\r\nHost: h\r\n\r\n", 505),
+    ("an HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    ("no version", b"GET /\r\nHost: h\r\n\r\n", 400),
+    ("lower-case version", b"GET / http/1.1\r\nHost: h\r\n\r\n", 400),
+    ("HTTP/1.10", b"GET / HTTP/1.10\r\nHost: h\r\n\r\n", 400),
+    ("two blanks", b"GET  / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("blank at the end", b"GET / HTTP/1.1 \r\nHost: h\r\n\r\n", 400),
+    ("tab in the request line", b"GET\t/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("leading blank", b" GET / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("blank in the target", b"GET /a b HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("8-bit byte in the target", b"GET /\xe9 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("control byte in the target", b"GET /\x01 HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("fragment in the target", b"GET /a#b HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("target without a slash", b"GET a HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("target begins with //", b"POST //api2/json/nodes/pve/lxc/1/clone HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("// in absolute-form", b"GET http://h//x HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("userinfo", b"GET http://u:p@h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("no authority", b"GET http:///x HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("another scheme", b"GET ftp://h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("CONNECT", b"CONNECT h:443 HTTP/1.1\r\nHost: h:443\r\n\r\n", 501),
+    ("* without OPTIONS", b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("method is no token", b"G@T / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    ("no Host", b"GET / HTTP/1.1\r\n\r\n", 400),
+    ("two Hosts", b"GET / HTTP/1.1\r\nHost: h\r\nHost: h\r\n\r\n", 400),
+    ("Host with a path", b"GET / HTTP/1.1\r\nHost: h/x\r\n\r\n", 400),
+    ("Host with userinfo", b"GET / HTTP/1.1\r\nHost: u@h\r\n\r\n", 400),
+    ("Content-Length with a sign", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: +3\r\n\r\nabc", 400),
+    ("Content-Length with an underscore", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1_0\r\n\r\nabc", 400),
+    ("negative Content-Length", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n", 400),
+    ("empty Content-Length", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: \r\n\r\n", 400),
+    ("hexadecimal Content-Length", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 0x3\r\n\r\nabc", 400),
+    ("Content-Length of 19 digits", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000000000000\r\n\r\n", 400),
+    ("two different lengths", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", 400),
+    ("a list of lengths", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3, 4\r\n\r\nabc", 400),
+    ("both framings", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    ("another coding", b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+    ("chunked twice", b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked, chunked\r\n\r\n", 501),
+    ("xchunked", b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: xchunked\r\n\r\n", 501),
+    ("two codings", b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    ("vertical tab before chunked", b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: \x0bchunked\r\n\r\n", 400),
+    ("chunked in HTTP/1.0", b"POST / HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    ("another Expect", b"POST / HTTP/1.1\r\nHost: h\r\nExpect: magic\r\nContent-Length: 1\r\n\r\n", 417),
+    ("a TLS handshake", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+]
+
+BAD_CHUNKS = [
+    (b"+3\r\nabc\r\n0\r\n\r\n", "sign"),
+    (b"0x3\r\nabc\r\n0\r\n\r\n", "0x"),
+    (b"1_0\r\nabc\r\n0\r\n\r\n", "underscore"),
+    (b" 3\r\nabc\r\n0\r\n\r\n", "leading blank"),
+    (b"3 \r\nabc\r\n0\r\n\r\n", "trailing blank"),
+    (b"\r\nabc\r\n0\r\n\r\n", "no size"),
+    (b"3\nabc\r\n0\r\n\r\n", "bare LF"),
+    (b"3\r\nabcd\r\n0\r\n\r\n", "longer than its size"),
+    (b"3\r\nabc\n0\r\n\r\n", "bare LF behind a chunk"),
+    (b"11111111111111111\r\nabc\r\n0\r\n\r\n", "17 digits"),
+    (b"3;" + b"x" * 300 + b"\r\nabc\r\n0\r\n\r\n", "long extension"),
+    (b"3;a\x00b\r\nabc\r\n0\r\n\r\n", "NUL in an extension"),
+    (b"3\r\nabc\r\n0\r\nbad trailer\r\n\r\n", "malformed trailer"),
+    (b"3\r\nabc\r\n0\r\n" + b"T: " + b"x" * 70000 + b"\r\n\r\n", "long trailers"),
+]
+
+BAD_ANSWERS = [
+    ("two lengths", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok!"),
+    ("both framings", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    ("another coding", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n"),
+    ("bad length", b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok"),
+    ("bare CR in a field", b"HTTP/1.1 200 OK\r\nX: a\rSet-Cookie: evil\r\nContent-Length: 2\r\n\r\nok"),
+    ("bare LF", b"HTTP/1.1 200 OK\r\nX: a\nSet-Cookie: evil\r\nContent-Length: 2\r\n\r\nok"),
+    ("folding", b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\nContent-Length: 2\r\n\r\nok"),
+    ("NUL", b"HTTP/1.1 200 OK\r\nX: \0\r\nContent-Length: 2\r\n\r\nok"),
+    ("no status", b"HTTP/1.1 OK\r\n\r\n"),
+    ("bad status", b"HTTP/1.1 20 OK\r\n\r\n"),
+    ("another version", b"HTTP/2.0 200 OK\r\n\r\n"),
+    ("no HTTP", b"SSH-2.0-OpenSSH\r\n\r\n"),
+    ("an unasked 101", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"),
+    ("a huge head", b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000 + b"\r\n\r\n"),
+    ("nothing", b""),
+    ("half a head", b"HTTP/1.1 200 OK\r\nContent-Le"),
+]
+
+
+class Strictness(unittest.TestCase):
+    def test_bad_requests_get_a_reason_and_never_reach_the_backend(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy:
+            for what, request, status in BAD_REQUESTS:
+                with self.subTest(what), proxy.wire() as wire:
+                    wire.send(request)
+                    response = wire.message()
+                    self.assertEqual(response.status, status, response.first)
+                    self.assertEqual(response.get("connection"), b"close")
+                    self.assertEqual(json.loads(response.body)["message"].encode(), response.first[13:])
+                    self.assertTrue(wire.closed())
+            self.assertEqual(backend.connections, 0)
+
+    def test_bad_chunks_are_refused_and_cut_off(self) -> None:
+        got: list[bytes] = []
+
+        def script(wire: Wire) -> None:
+            got.append(wire.rest())
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            for body, what in BAD_CHUNKS:
+                with self.subTest(what):
+                    got.clear()
+                    response = proxy.ask(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+                    self.assertEqual(response.status, 400, response.first)
+                    wait_until(lambda: got, "the backend's connection to be closed")
+                    self.assertNotIn(b"\r\n0\r\n", got[0], "an incomplete body was made to look complete")
+
+    def test_good_chunks_pass(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy:
+            body = b"3;ext=\"a\"\r\nabc\r\n0A\r\n0123456789\r\n000\r\nT: 1\r\nU: 2\r\n\r\n"
+            with proxy.wire() as wire:
+                for byte in b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: Chunked\r\n\r\n" + body:
+                    wire.send(bytes([byte]))
+                self.assertEqual(wire.message().status, 200)
+                self.assertEqual(backend.requests[0].body, b"abc0123456789")
+                self.assertEqual(backend.requests[0].all("transfer-encoding"), [b"chunked"])
+
+    def test_bad_answers_become_a_502(self) -> None:
+        with by_path([answer for _, answer in BAD_ANSWERS]) as backend, Proxy(backend.url) as proxy:
+            for index, (what, _) in enumerate(BAD_ANSWERS):
+                with self.subTest(what):
+                    response = proxy.get(f"/{index}")
+                    self.assertEqual(response.status, 502)
+                    self.assertNotIn(b"evil", response.first + response.body)
+
+    def test_answers_that_break_off_never_look_complete(self) -> None:
+        begin = b"HTTP/1.1 200 OK\r\n"
+        table = [
+            ("length", begin + b"Content-Length: 10\r\n\r\n12345"),
+            ("chunks", begin + b"Transfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n"),
+            ("in a chunk", begin + b"Transfer-Encoding: chunked\r\n\r\n9\r\n12345"),
+            ("bad chunk", begin + b"Transfer-Encoding: chunked\r\n\r\n5\r\n12345\r\nx\r\n"),
+            ("in trailers", begin + b"Transfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\nT: 1\r\n"),
+        ]
+        with by_path([answer for _, answer in table]) as backend, Proxy(backend.url) as proxy:
+            for index, (what, _) in enumerate(table):
+                for version in (b"1.1", b"1.0"):
+                    with self.subTest(what, version=version), proxy.wire() as wire:
+                        with self.assertRaises((EOFError, ConnectionResetError)):
+                            wire.send(b"GET /%d HTTP/%b\r\nHost: h\r\n\r\n" % (index, version))
+                            wire.message()
+
+    def test_a_fuzzer_finds_nothing(self) -> None:
+        """Mutated requests: no traceback, no leak, and a victim always gets its own answer."""
+
+        def script(wire: Wire) -> None:
+            while True:
+                path = wire.message().first.split(b" ")[1]
+                wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(path), path))
+
+        rng = random.Random(20261124)
+        good = [
+            b"GET /a HTTP/1.1\r\nHost: h\r\nCookie: a=b\r\n\r\n",
+            b"POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n12345",
+            b"PUT /c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n\r\n",
+            b"GET /d HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+            clone_request(101),
+        ]
+        tokens = [b"\r\n", b"\n", b"\r", b"\0", b" ", b":", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n",
+                  b"0\r\n\r\n", b"HTTP/1.1", b"GET ", b"//", b"%", b"\xff", b"Expect: 100-continue\r\n", b"9" * 30]  # fmt: skip
+        with ScriptedBackend(script) as backend, Proxy(backend.url, "-request-timeout", "300ms") as proxy:
+            proxy.get("/warm")
+            descriptors, threads = proxy.descriptors(), proxy.threads()
+            with proxy.wire() as victim:
+                for round_ in range(300):
+                    data = bytearray(rng.choice(good))
+                    for _ in range(rng.randint(1, 4)):
+                        at = rng.randrange(len(data))
+                        what = rng.randrange(3)
+                        if what == 0:
+                            data[at : at + rng.randint(0, 3)] = rng.choice(tokens)
+                        elif what == 1:
+                            data[at] = rng.randrange(256)
+                        else:
+                            del data[at : at + rng.randint(1, 8)]
+                    with contextlib.suppress(OSError), proxy.wire() as wire:
+                        wire.send(bytes(data))
+                        wire.sock.shutdown(socket.SHUT_WR)
+                    path = b"/victim%d" % round_
+                    victim.send(b"GET " + path + b" HTTP/1.1\r\nHost: h\r\n\r\n")
+                    self.assertEqual(victim.message().body, path)
+            wait_until(lambda: proxy.threads() <= threads and proxy.descriptors() <= descriptors, "no leak")
+            self.assertFalse(backend.failures, backend.failures)
+
+
+class Streaming(unittest.TestCase):
+    def test_the_first_byte_is_passed_on_when_it_arrives(self) -> None:
+        go_on = threading.Event()
+
+        def script(wire: Wire) -> None:
+            backend.request(wire)
+            wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for part in (b"1\r\na\r\n", b"1\r\nb\r\n", b"0\r\n\r\n"):
+                go_on.wait(LONG)
+                go_on.clear()
+                wire.send(part)
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            wire.head()
+            for part in (b"1\r\na\r\n", b"1\r\nb\r\n", b"0\r\n\r\n"):
+                go_on.set()
+                self.assertEqual(wire.exactly(len(part)), part)
+
+    def test_the_backend_sees_the_body_while_the_client_sends(self) -> None:
+        seen: list[bytes] = []
+
+        def script(wire: Wire) -> None:
+            wire.head()
+            for _ in range(3):
+                seen.append(wire.exactly(4))
+            wire.send(OK)
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 12\r\n\r\n")
+            for count in range(3):
+                wire.send(b"%04d" % count)
+                wait_until(lambda count=count: len(seen) == count + 1, "the part at the backend")
+            self.assertEqual(wire.message().status, 200)
+            self.assertEqual(b"".join(seen), b"000000010002")
+
+    def test_an_early_answer_reaches_the_client(self) -> None:
+        for reads_on in (False, True):
+
+            def script(wire: Wire, reads_on: bool = reads_on) -> None:
+                wire.head()
+                wire.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+                if reads_on:
+                    wire.rest()
+
+            with self.subTest(reads_on=reads_on), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+                with proxy.wire() as wire:
+                    wire.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 100000)
+                    response = wire.message()
+                    self.assertEqual((response.status, response.body), (413, b"big"))
+                    self.assertEqual(response.get("connection"), b"close")
+                    self.assertTrue(wire.closed())
+
+    def test_an_early_answer_over_tls_reaches_the_client(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url) as proxy, proxy.wire() as wire:
+            wire.send(b"POST /api2/json/x HTTP/1.1\r\nHost: h\r\nContent-Length: 900000\r\n\r\n" + b"x" * 1000)
+            self.assertEqual(wire.message().status, 501)
+
+    def test_a_client_that_leaves_in_mid_upload_ends_the_backends_connection(self) -> None:
+        for chunked in (False, True):
+            ends: list[bytes] = []
+
+            def script(wire: Wire, ends: list[bytes] = ends) -> None:
+                wire.head()
+                try:
+                    ends.append(wire.rest())
+                except OSError:
+                    ends.append(b"reset")
+
+            framing = b"Transfer-Encoding: chunked\r\n\r\n4\r\n" if chunked else b"Content-Length: 12\r\n\r\n"
+            with self.subTest(chunked=chunked), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+                with proxy.wire() as wire:
+                    wire.send(b"POST / HTTP/1.1\r\nHost: h\r\n" + framing + b"1234")
+                wait_until(lambda ends=ends: ends, "the backend to see the end")
+                self.assertNotIn(b"0\r\n\r\n", ends[0])
+
+    def test_a_client_that_leaves_frees_the_backend(self) -> None:
+        for answer in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n1"):
+            ended = threading.Event()
+
+            def script(wire: Wire, answer: bytes = answer, ended: threading.Event = ended) -> None:
+                backend.request(wire)
+                wire.send(answer)
+                with contextlib.suppress(OSError):
+                    wire.rest()
+                ended.set()
+
+            with self.subTest(answer), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+                with proxy.wire() as wire:
+                    wire.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+                    wait_until(lambda backend=backend: backend.requests, "the request at the backend")
+                    if answer:
+                        wire.until(b"\r\n\r\n1")
+                self.assertTrue(ended.wait(3))
+
+    def test_large_bodies_in_little_memory(self) -> None:
+        size = 300 << 20
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+
+            def upload(_: int) -> None:
+                with proxy.wire() as wire:
+                    wire.send(b"POST /api2/json/nodes/pve/storage/local/upload HTTP/1.1\r\nHost: h\r\n"
+                              b"Content-Length: %d\r\n\r\n" % size)  # fmt: skip
+                    piece = bytes(1 << 20)
+                    for _ in range(size >> 20):
+                        wire.send(piece)
+                    self.assertEqual(json.loads(wire.message().body)["data"], f"received {size}")
+
+            def download(_: int) -> None:
+                with proxy.wire() as wire:
+                    wire.send(f"GET /api2/json/nodes/pve/download?bytes={size} HTTP/1.1\r\nHost: h\r\n"
+                              f"Authorization: {TOKEN}\r\n\r\n".encode())  # fmt: skip
+                    wire.head()
+                    count, space = len(wire.buffer), bytearray(1 << 20)
+                    while got := wire.sock.recv_into(space):
+                        count += got
+                    self.assertEqual(count, size)
+
+            at_once(2, lambda which: (upload, download)[which](which))
+            self.assertLess(proxy.memory("VmHWM"), 60 * 1024)
+
+
+class Deadlines(unittest.TestCase):
+    def test_a_silent_backend_is_a_504(self) -> None:
+        with ScriptedBackend(lambda wire: wire.rest() and None) as backend:
+            with Proxy(backend.url, "-request-timeout", "200ms") as proxy:
+                response = proxy.get("/")
+                self.assertEqual(response.status, 504)
+                self.assertIn(b"no answer within 0.2 s", response.first)
+
+    def test_silence_is_bounded_and_length_is_not(self) -> None:
+        stalls = threading.Event()
+
+        def script(wire: Wire) -> None:
+            backend.request(wire)
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+            for _ in range(10 if not stalls.is_set() else 5):
+                wire.send(b"0123456789")
+                threading.Event().wait(0.1)  # the drip itself
+            wire.more()
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url, "-request-timeout", "600ms") as proxy:
+            self.assertEqual(len(proxy.get("/").body), 100)
+            stalls.set()
+            with self.assertRaises((EOFError, ConnectionResetError)):
+                proxy.get("/")
+
+    def test_a_stalled_upload_is_a_408(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url, "-request-timeout", "200ms") as proxy:
+            response = proxy.ask(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n123")
+            self.assertEqual(response.status, 408)
+
+    def test_slow_clients_keep_nobody_out(self) -> None:
+        """More dripping clients than connections: the oldest give way."""
+        with answering(OK) as backend, Proxy(backend.url) as proxy, contextlib.ExitStack() as stack:
+            for _ in range(program.MAX_CONNECTIONS + 20):
+                stack.enter_context(proxy.wire()).send(b"GET / HT")
+            wait_until(lambda: proxy.threads() > program.MAX_CONNECTIONS - 20, "the drips to be accepted")
+            for _ in range(20):
+                self.assertEqual(proxy.get("/").status, 200)
+
+    def test_too_many_connections_get_a_503(self) -> None:
+        hold = threading.Event()
+
+        def script(wire: Wire) -> None:
+            backend.request(wire)
+            hold.wait(LONG)
+            wire.send(OK)
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(proxy.wire()) for _ in range(program.MAX_CONNECTIONS)]
+            for wire in wires:
+                wire.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            wait_until(lambda: len(backend.requests) == len(wires), "all requests at the backend")
+            response = proxy.get("/")
+            self.assertEqual((response.status, response.get("retry-after")), (503, b"5"))
+            hold.set()
+            for wire in wires:
+                self.assertEqual(wire.message().status, 200)
+            wait_until(lambda: proxy.get("/").status == 200, "room again")
+
+
+UPGRADE = (b"GET /api2/json/nodes/pve/lxc/100/vncwebsocket?port=5900&vncticket=x HTTP/1.1\r\nHost: h\r\n"
+           b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+           b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nAuthorization: PVEAPIToken=root@pam!t=secret\r\n\r\n")  # fmt: skip
+
+
+class Tunnels(unittest.TestCase):
+    def test_a_console_over_tls(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url) as proxy, proxy.wire() as wire:
+            wire.send(UPGRADE + b"early")
+            head = wire.head()
+            self.assertEqual(head.status, 101)
+            self.assertEqual((head.get("upgrade"), head.get("connection")), (b"websocket", b"Upgrade"))
+            self.assertEqual(wire.exactly(12), b"\x82\x05helloearly")
+            size = 20 << 20
+            threading.Thread(target=wire.send, args=(bytes(size),), daemon=True).start()
+            self.assertEqual(wire.exactly(size), bytes(size))
+            self.assertLess(proxy.memory(), 60 * 1024)
+
+    def test_back_pressure_both_ways(self) -> None:
+        """A side that does not read stops the other, and memory stays flat."""
+        sent = [0, 0]
+
+        def flood(sock: socket.socket, which: int) -> None:
+            piece = bytes(1 << 16)
+            with contextlib.suppress(OSError):
+                while True:
+                    sent[which] += sock.send(piece)
+
+        def script(wire: Wire) -> None:
+            wire.head()
+            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.sock.settimeout(None)
+            flood(wire.sock, 0)
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(UPGRADE)
+            wire.head()
+            wire.sock.settimeout(None)
+            threading.Thread(target=flood, args=(wire.sock, 1), daemon=True).start()
+
+            def stopped() -> bool:
+                before = list(sent)
+                threading.Event().wait(0.2)
+                return all(before) and before == sent
+
+            wait_until(stopped, "both sides to be stopped")
+            self.assertLess(proxy.memory(), 60 * 1024)
+            wire.sock.shutdown(socket.SHUT_RDWR)
+
+    def test_half_close_is_carried_over(self) -> None:
+        def script(wire: Wire) -> None:
+            wire.head()
+            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.send(b"got " + wire.rest())
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(UPGRADE)
+            wire.head()
+            wire.send(b"all of this")
+            wire.sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(wire.rest(), b"got all of this")
+            wait_until(lambda: not backend.open, "the backend's end")
+
+    def test_close_is_carried_over(self) -> None:
+        ended = threading.Event()
+
+        def script(wire: Wire) -> None:
+            wire.head()
+            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.rest()
+            ended.set()
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            with proxy.wire() as wire:
+                wire.send(UPGRADE)
+                wire.head()
+                threads = proxy.threads()
+            self.assertTrue(ended.wait(LONG))
+            wait_until(lambda: proxy.threads() < threads, "the tunnel's thread to end")
+
+    def test_a_refused_upgrade_is_an_ordinary_answer(self) -> None:
+        with answering(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", OK) as backend:
+            with Proxy(backend.url) as proxy, proxy.wire() as wire:
+                wire.send(UPGRADE)
+                self.assertEqual(wire.message().status, 403)
+                wire.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+                self.assertEqual(wire.message().body, b"ok")
+
+    def test_other_upgrades_are_not_offered(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy:
+            proxy.ask(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+                      b"HTTP2-Settings: x\r\n\r\n")  # fmt: skip
+            self.assertEqual([name for name, _ in backend.requests[0].fields], [b"Host", b"X-Forwarded-For"])
+
+
+# The clone queue
+
+
+def bring(proxy: Proxy, *requests: bytes) -> list[Wire]:
+    """Connections on which these requests were sent, open until the test or the proxy closes them."""
+    wires = []
+    for request in requests:
+        wire = proxy.wire()
+        wire.send(request)
+        wires.append(wire)
+    proxy.wires += wires
+    return wires
+
+
+def queue_up(proxy: Proxy, *requests: bytes) -> list[Wire]:
+    """The same for clones, queued in this order."""
+    wires = []
+    for request in requests:
+        queued = len(proxy.lines("CLONE QUEUED"))
+        wires += bring(proxy, request)
+        proxy.wait_log("CLONE QUEUED", queued + 1)
+    return wires
+
+
+class Cloning(unittest.TestCase):
+    def test_twenty_at_once_are_cloned_one_at_a_time(self) -> None:
+        with FakePVE(clone_seconds=0.03) as pve, Proxy(pve.url) as proxy:
+            answers = at_once(20, lambda index: proxy.clone(200 + index))
+            self.assertEqual([answer.status for answer in answers], [200] * 20)
+            self.assertEqual((len(pve.clones), pve.overlaps, pve.most_at_once), (20, 0, 1))
+            self.assertEqual({json.loads(answer.body)["data"] for answer in answers}, set(pve.tasks))
+
+    def test_the_answer_is_pves_own_and_comes_when_the_task_has_ended(self) -> None:
+        with FakePVE(clone_seconds=0.2) as pve, Proxy(pve.url) as proxy:
+            answer = proxy.clone(201)
+            task = next(iter(pve.tasks.values()))
+            self.assertIsNotNone(task.process.poll())
+            self.assertEqual(answer.first, b"HTTP/1.1 200 OK")
+            self.assertEqual(answer.body, json.dumps({"data": task.upid}).encode())
+            self.assertEqual([name for name, _ in answer.fields],
+                             [b"Server", b"Cache-Control", b"Content-Type", b"Content-Length"])  # fmt: skip
+
+    def test_log_lines(self) -> None:
+        with FakePVE(clone_seconds=0.1) as pve, Proxy(pve.url, "-poll-delay", "20ms") as proxy:
+            proxy.clone(201)
+            upid = re.escape(next(iter(pve.tasks)))
+            for pattern in [
+                r"CLONE QUEUED: node=pve vmid=9000( newid=201 waiting=0)?$",
+                r"CLONE START: node=pve vmid=9000( waited=0\.0s)?$",
+                rf"CLONE TASK: node=pve vmid=9000 upid={upid}$",
+                r"TASK POLLING: status=running$",
+                rf"CLONE COMPLETE: node=pve vmid=9000 upid={upid} \(elapsed: 0\.\ds\)$",
+            ]:
+                proxy.wait_log(r"^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d " + pattern)
+
+    def test_exit_statuses(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            pve.exits.extend(["WARNINGS: 2", "clone failed: disk full", "OK"])
+            self.assertEqual([proxy.clone(201 + index).status for index in range(3)], [200] * 3)
+            self.assertEqual(len(proxy.lines("CLONE COMPLETE")), 2)
+            proxy.wait_log(r"TASK FINISHED: status=stopped exitstatus=clone failed: disk full node=pve vmid=9000")
+
+    def test_every_spelling_is_queued_and_sent_as_it_came(self) -> None:
+        paths = ["/api2/json//nodes/pve/lxc/9000/clone/", "/api2/json/nodes/pve/lxc/9000/%63lone?full=1",
+                 "/api2/json/nodes/pve%2Flxc/9000/clone", "/api2/json/nodes/a%20b%0ac/lxc/9000/clone"]  # fmt: skip
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            answers = at_once(len(paths), lambda index: proxy.clone(201 + index, path=paths[index]))
+            self.assertEqual([answer.status for answer in answers], [200] * len(paths))
+            self.assertEqual((sorted(record.target for record in pve.clones), pve.overlaps), (sorted(paths), 0))
+            proxy.wait_log(r"CLONE START: node=a\\x20b\\x0ac vmid=9000")
+
+    def test_bodies_in_every_form_arrive_with_a_length(self) -> None:
+        head = b"POST /api2/json/nodes/pve/lxc/9000/clone%b HTTP/1.1\r\nHost: h\r\nAuthorization: " + TOKEN.encode()
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            for query, rest in [
+                (b"", b"Transfer-Encoding: chunked\r\n\r\n5\r\nnewid\r\n4\r\n=201\r\n0\r\n\r\n"),
+                (b"", b'Content-Type: application/json\r\nContent-Length: 13\r\n\r\n{"newid":202}'),
+                (b"?newid=203", b"\r\n"),
+                (b"", b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n"),
+            ]:
+                with proxy.wire() as wire:
+                    wire.send(head % query + b"\r\n" + rest)
+                    response = wire.message()
+                    if response.status == 100:
+                        wire.send(b"newid=204")
+                        response = wire.message()
+                    self.assertEqual(response.status, 200)
+            self.assertEqual([record.newid for record in pve.clones], ["201", "202", "203", "204"])
+            for record in pve.clones:
+                fields = {name.lower(): value for name, value in record.fields}
+                self.assertEqual(fields["content-length"], str(len(record.body)))
+                self.assertNotIn("transfer-encoding", fields)
+                self.assertNotIn("expect", fields)
+
+    def test_bodies_over_512_kib_are_refused(self) -> None:
+        size = 512 * 1024
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            head = b"POST /api2/json/nodes/pve/lxc/9000/clone HTTP/1.1\r\nHost: h\r\nAuthorization: " + TOKEN.encode()
+            length = b"\r\nContent-Length: %d\r\n\r\n"
+            self.assertEqual(proxy.ask(head + length % (size + 1)).status, 413)
+            chunk = b"\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % (size + 1) + b"x" * (size + 1)
+            self.assertEqual(proxy.ask(head + chunk).status, 413)
+            self.assertEqual(pve.clones, [])
+            self.assertEqual(proxy.ask(head + length % size + b"newid=201&".ljust(size, b"x")).status, 200)
+
+    def test_a_full_queue_says_503_at_once_and_before_pve_is_asked(self) -> None:
+        with FakePVE(clone_seconds=0.5) as pve, Proxy(pve.url, "-queue-size", "2") as proxy:
+            wires = bring(proxy, clone_request(201))
+            pve.wait_for_clones(1)
+            wires += bring(proxy, clone_request(202), clone_request(203))
+            proxy.wait_log("CLONE QUEUED", 3)
+            requests = pve.requests
+            answer = proxy.clone(204)
+            self.assertEqual(answer.status, 503)
+            self.assertGreater(int(answer.get("retry-after") or 0), 0)
+            self.assertIn("full", json.loads(answer.body)["message"])
+            self.assertLessEqual(pve.requests - requests, 1, "a poll at most")
+            self.assertEqual([wire.message().status for wire in wires], [200] * 3)
+            proxy.wait_log(r"CLONE REJECTED: .*node=pve vmid=9000")
+
+    def test_relaying_goes_on_while_clones_wait(self) -> None:
+        with FakePVE(clone_seconds=0.5) as pve, Proxy(pve.url) as proxy:
+            wires = bring(proxy, *(clone_request(201 + index) for index in range(3)))
+            pve.wait_for_clones(1)
+            self.assertEqual(proxy.get("/").status, 200)
+            self.assertEqual(proxy.ask(clone_request(300, path="/api2/extjs/nodes/pve/lxc/9000/clone")).status, 500)
+            self.assertEqual([wire.message().status for wire in wires], [200] * 3)
+
+    def test_tasks_elsewhere_are_polled(self) -> None:
+        with FakePVE(clone_seconds=0.3) as pve, Proxy(pve.url) as proxy:
+            pve.remote = True
+            self.assertEqual(proxy.clone(201).status, 200)
+            self.assertIsNotNone(next(iter(pve.tasks.values())).process.poll())
+            self.assertGreater(pve.polls, 1)
+
+    def test_tasks_here_wake_the_worker(self) -> None:
+        with FakePVE(clone_seconds=0.3) as pve, Proxy(pve.url, "-poll-delay", "1h") as proxy:
+            self.assertEqual(proxy.clone(201).status, 200)
+            self.assertEqual(pve.polls, 1)
+
+    def test_vms_are_queued_when_asked_for(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url, "-qemu") as proxy:
+            path = "/api2/json/nodes/pve/qemu/9001/clone"
+            answers = at_once(4, lambda index: proxy.clone(201 + index, path=path))
+            self.assertEqual(([answer.status for answer in answers], pve.overlaps), ([200] * 4, 0))
+
+    def test_answered_when_started(self) -> None:
+        with FakePVE(clone_seconds=0.3) as pve, Proxy(pve.url, "-answer", "started") as proxy:
+            for newid in (201, 202):
+                self.assertEqual(proxy.clone(newid).status, 200)
+                with pve.lock:
+                    self.assertEqual(len(pve.running()), 1, "the task still runs")
+            self.assertEqual((pve.overlaps, len(pve.clones)), (0, 2))
+            proxy.wait_log("CLONE COMPLETE", 2)
+
+    def test_credentials_are_never_logged(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url, "-verbose") as proxy:
+            cookie = "Cookie: PVEAuthCookie=PVE:root@pam:good\r\nCSRFPreventionToken: token\r\n"
+            self.assertEqual(proxy.clone(201, token="x", extra=cookie, path="/api2/json/nodes/pve/lxc/9000/clone?a=s3cr3t")
+                             .status, 200)  # fmt: skip
+            proxy.clone(202, token="PVEAPIToken=root@pam!t=wrong-s3cr3t")
+            proxy.get("/x?s3cr3t", "Authorization: s3cr3t")
+            self.assertEqual(proxy.lines("s3cr3t|secret|good|CSRF"), [])
+
+
+class Strangers(unittest.TestCase):
+    def test_who_cannot_log_in_cannot_use_the_queue(self) -> None:
+        with FakePVE(auth_delay=3) as pve, Proxy(pve.url) as proxy, contextlib.ExitStack() as stack:
+            bad = [stack.enter_context(wire) for wire in
+                   bring(proxy, *(clone_request(300 + index, token="PVEAPIToken=a@b!c=d") for index in range(100)))]
+            wait_until(lambda: pve.requests >= 100, "the strangers at PVE")
+            self.assertEqual(proxy.clone(201).status, 200)
+            with self.assertRaises(BlockingIOError):  # PVE has not refused them yet: nobody waited for that
+                bad[0].sock.setblocking(False)
+                bad[0].sock.recv(1)
+            bad[0].sock.settimeout(LONG)
+            response = bad[0].message()
+            self.assertEqual((response.status, response.first[13:]), (401, b"invalid token value!"))
+            self.assertEqual(len(pve.clones), 1)
+
+    def test_any_other_answer_lets_in(self) -> None:
+        def script(wire: Wire) -> None:
+            while True:
+                first = backend.request(wire).first
+                wire.send(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n" if b"version" in first else OK)
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            self.assertEqual(proxy.clone(201).body, b"ok")
+
+    def test_pve_out_of_reach_is_said_at_once(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            port = unused.getsockname()[1]
+        with Proxy(f"http://127.0.0.1:{port}") as proxy:
+            self.assertEqual(proxy.clone(201).status, 502)
+            self.assertEqual(proxy.lines("CLONE QUEUED"), [])
+        with ScriptedBackend(lambda wire: wire.rest() and None) as backend:
+            with Proxy(backend.url, "-request-timeout", "100ms") as proxy:
+                self.assertEqual(proxy.clone(201).status, 504)
+
+
+class PveFaults(unittest.TestCase):
+    def test_answers_to_the_post(self) -> None:
+        upid = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!t:"
+        with FakePVE() as pve, Proxy(pve.url, "-request-timeout", "400ms") as proxy:
+            for fault, status in [
+                ("reset", 502), ("reset-in-head", 502), ("reset-in-body", 502), ("close", 502), ("garbage", 502),
+                ("hang", 504), ("+reset", 502), ("+hang", 504), ("595 Connection refused", 595), ("+596 Connection timed out", 596),
+                ("599 Too many", 599), ("500 no quorum", 500), ("403 Permission check failed", 403),
+                ("json:no json", 200), ("json:[1]", 200), ('json:{"data":null}', 200), ('json:{"data":{"x":1}}', 200),
+                ("json:" + "[" * 20000, 200), ('json:{"data":"UPID:x/../../y"}', 200),
+                (f'json:{{"data":"{upid}%"}}', 200), (f'json:{{"data":"{"UPID:" + "x" * 600}"}}', 200),
+            ]:  # fmt: skip
+                with self.subTest(fault[:40]):
+                    before = len(pve.clones)
+                    pve.clone_faults.append(fault)
+                    answer = proxy.clone(201, source=9001)
+                    pve.hanging.set()
+                    self.assertEqual(answer.status, status, answer)
+                    self.assertEqual(len(pve.clones) - before, 1, "sent once")
+                    if status in (502, 504):
+                        message = json.loads(answer.body)["message"]
+                        self.assertIn("the outcome of the clone is unknown", message)
+                        self.assertNotRegex(message, "already exists|got timeout|got no worker upid")
+                    with pve.lock:
+                        tasks = pve.running()
+                    for task in tasks:
+                        task.process.kill()
+                        task.process.wait()
+                    with pve.lock:
+                        pve.running()
+                        pve.guests.discard("201")
+                    pve.hanging.clear()
+            self.assertEqual(proxy.clone(202).status, 200, "the worker goes on")
+            pve.hanging.set()
+
+    def test_polls_that_fail_are_repeated(self) -> None:
+        faults = ["reset", "reset-in-head", "reset-in-body", "close", "garbage", "401 permission denied - invalid ticket",
+                  "500 oops", "596 Connection timed out", "json:no json", "json:[1]", 'json:{"data":[]}',
+                  'json:{"data":{"status":7}}', 'json:{"data":{"status":"stopped","exitstatus":7}}',
+                  "400 Parameter verification failed."]  # fmt: skip
+        with FakePVE(clone_seconds=0.3) as pve, Proxy(pve.url, "-poll-delay", "10ms") as proxy:
+            pve.poll_faults.extend(faults)
+            self.assertEqual(proxy.clone(201).status, 200)
+            self.assertGreater(pve.polls, len(faults))
+            proxy.wait_log("TASK POLL ERROR: node=pve vmid=9000: ")
+            proxy.wait_log("CLONE COMPLETE")
+
+    def test_a_task_that_takes_too_long_holds_the_queue(self) -> None:
+        for remote in (False, True):
+            with self.subTest(remote=remote), FakePVE(clone_seconds=1.2) as pve:
+                pve.remote = remote
+                with Proxy(pve.url, "-task-timeout", "400ms", "-poll-delay", "50ms") as proxy:
+                    first = bring(proxy, clone_request(201))[0]
+                    pve.wait_for_clones(1)
+                    pve.clone_seconds = 0.05
+                    second = bring(proxy, clone_request(202, source=9001))[0]
+                    answer = first.message()
+                    upid = next(iter(pve.tasks))
+                    self.assertEqual(answer.status, 504)
+                    content = json.loads(answer.body)
+                    self.assertEqual(content["data"], upid)
+                    self.assertIn(upid, content["message"])
+                    self.assertEqual(len(pve.clones), 1, "the second waits")
+                    self.assertEqual(second.message().status, 200)
+                    self.assertEqual(pve.most_at_once, 1)
+                    proxy.wait_log(r"CLONE TIMEOUT: node=pve vmid=9000 upid=UPID:\S+ \(elapsed: 0\.[4-9]s\)")
+
+    def test_a_task_that_nobody_can_tell_of_is_given_up(self) -> None:
+        for remote in (False, True):
+            with self.subTest(remote=remote), FakePVE(clone_seconds=0.1) as pve:
+                pve.remote = remote
+                with Proxy(pve.url, "-task-timeout", "300ms", "-poll-delay", "50ms") as proxy:
+                    pve.poll_faults.extend(["400 no such task"] * 1000)
+                    self.assertEqual(proxy.clone(201).status, 504)
+                    proxy.wait_log("CLONE ERROR: .* no longer waited for")
+                    pve.poll_faults.clear()
+                    self.assertEqual(proxy.clone(202).status, 200)
+
+    def test_a_task_that_outlives_its_polls_holds_the_queue_by_its_process(self) -> None:
+        with FakePVE(clone_seconds=1) as pve, Proxy(pve.url, "-task-timeout", "200ms", "-poll-delay", "50ms") as proxy:
+            pve.poll_faults.extend(["401 permission denied - invalid ticket"] * 1000)
+            self.assertEqual(proxy.clone(201).status, 504)
+            self.assertEqual(proxy.lines("no longer waited for"), [])
+            proxy.wait_log("no longer waited for")
+            self.assertIsNotNone(next(iter(pve.tasks.values())).process.poll())
+
+    def test_an_unexpected_failure_answers_500_and_the_worker_goes_on(self) -> None:
+        class Broken:
+            def post(self, data: bytes) -> program.Answer:
+                raise RuntimeError("unexpected")
+
+        clones = program.CloneQueue(program.Settings(), Broken())  # type: ignore[arg-type]
+        with self.assertLogs(program.log, "ERROR"):
+            threading.Thread(target=clones.run, daemon=True).start()
+            for index in range(2):
+                client = PretendedClient()
+                job = clones.admit(job_of(b"%d" % index, client))
+                self.assertTrue(job.done.wait(LONG))
+                answer = clones.collect(job, client)
+                assert answer
+                self.assertEqual(answer.response.status, 500)
+
+    def test_the_process_ends_when_a_vital_thread_dies(self) -> None:
+        code = (f"import sys; sys.path.insert(0, {HERE!r}); import pve_clone_queue_proxy as p, signal\n"
+                "def fail(self): raise RuntimeError('dead')\n"
+                "p.CloneQueue._next = fail\n"
+                "sys.exit(p.main(['-listen', '127.0.0.1:0']))")  # fmt: skip
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("the clone worker thread failed", result.stderr)
+
+
+class PretendedClient(program.Client):
+    """A client that is there until it is said to have left."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    def gone(self) -> bool:
+        """Whether it was said to have left."""
+        return self.left
+
+
+def job_of(key: bytes, client: program.Client) -> program.CloneJob:
+    """A job without a request."""
+    return program.CloneJob(program.CloneCall("lxc", "pve", "9000", "101", ""), b"", [], key, client)
+
+
+class Leaving(unittest.TestCase):
+    def test_a_clone_whose_client_left_is_not_started(self) -> None:
+        for how in ("close", "reset", "half-close", "with a pipelined request"):
+            with self.subTest(how), FakePVE(clone_seconds=0.3) as pve, Proxy(pve.url) as proxy:
+                first, leaver, last = queue_up(proxy, *(clone_request(newid) for newid in (201, 202, 203)))
+                if how == "close":
+                    leaver.close()
+                elif how == "reset":
+                    leaver.reset()
+                elif how == "half-close":
+                    leaver.sock.shutdown(socket.SHUT_WR)
+                else:
+                    leaver.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+                    leaver.close()
+                self.assertEqual((first.message().status, last.message().status), (200, 200))
+                self.assertEqual(sorted(record.newid for record in pve.clones), ["201", "203"])
+                proxy.wait_log(r"CLONE ABANDONED: .*node=pve vmid=9000")
+
+    def test_a_running_clone_whose_client_left_holds_the_queue(self) -> None:
+        with FakePVE(clone_seconds=0.5) as pve, Proxy(pve.url) as proxy:
+            first = bring(proxy, clone_request(202))[0]
+            pve.wait_for_clones(1)
+            first.close()
+            proxy.wait_log(r"CLONE ABANDONED: .*\(running\)")
+            self.assertEqual(proxy.clone(203, source=9001).status, 200)
+            self.assertEqual(pve.most_at_once, 1)
+
+    def test_a_wanted_place_is_taken_from_who_left(self) -> None:
+        with FakePVE(clone_seconds=0.5) as pve, Proxy(pve.url, "-queue-size", "2") as proxy:
+            first = bring(proxy, clone_request(201))[0]
+            pve.wait_for_clones(1)
+            leaver, second = queue_up(proxy, clone_request(202), clone_request(203))
+            leaver.close()
+            third = bring(proxy, clone_request(204))[0]
+            proxy.wait_log("CLONE QUEUED", 4)
+            self.assertEqual(proxy.clone(205).status, 503)
+            self.assertEqual([wire.message().status for wire in (first, second, third)], [200] * 3)
+            self.assertEqual([record.newid for record in pve.clones], ["201", "203", "204"])
+
+    def test_an_equal_request_takes_over_what_waits_runs_or_has_ended(self) -> None:
+        with FakePVE(clone_seconds=0.4) as pve, Proxy(pve.url) as proxy:
+            first, leaver = queue_up(proxy, clone_request(201), clone_request(202))
+            leaver.close()
+            waiting = bring(proxy, clone_request(202))[0]
+            proxy.wait_log(r"CLONE RESUMED: .*\(waiting\)")
+            pve.wait_for_clones(2)
+            waiting.close()
+            running = bring(proxy, clone_request(202))[0]
+            proxy.wait_log(r"CLONE RESUMED: .*\(running\)")
+            running.close()
+            proxy.wait_log("CLONE COMPLETE", 2)
+            answer = proxy.clone(202)
+            self.assertEqual(json.loads(answer.body)["data"], pve.clones[1].upid)
+            self.assertEqual(first.message().status, 200)
+            self.assertEqual(len(pve.clones), 2)
+            # Delivered, it is never given again: PVE itself answers.
+            self.assertIn(b"already exists", proxy.clone(202).first)
+            self.assertEqual(len(pve.clones), 3)
+
+    def test_another_request_takes_nothing_over(self) -> None:
+        with FakePVE(clone_seconds=0.3) as pve, Proxy(pve.url) as proxy:
+            bring(proxy, clone_request(201))
+            pve.wait_for_clones(1)
+            queue_up(proxy, clone_request(202))[0].close()
+            proxy.wait_log("CLONE ABANDONED")
+            others = bring(proxy, clone_request(202, token="PVEAPIToken=root@pam!other=secret"),
+                           clone_request(203), clone_request(202, path="/api2/json/nodes/pve/lxc/9000/clone/"))  # fmt: skip
+            self.assertEqual(sorted(wire.message().status for wire in others), [200, 200, 500])
+            self.assertEqual(proxy.lines("CLONE RESUMED"), [])
+
+    def test_two_live_clients_never_share_a_success(self) -> None:
+        with FakePVE(clone_seconds=0.2) as pve, Proxy(pve.url) as proxy:
+            answers = at_once(2, lambda _: proxy.clone(201))
+            self.assertEqual(sorted(answer.status for answer in answers), [200, 500])
+            self.assertTrue(any(b"already exists" in answer.first for answer in answers))
+
+    def test_impatient_clients_that_retry_end_up_with_one_container_each(self) -> None:
+        with FakePVE(clone_seconds=0.25) as pve, Proxy(pve.url) as proxy:
+
+            def insist(index: int) -> Message:
+                for _ in range(100):
+                    with proxy.wire() as wire:
+                        wire.sock.settimeout(0.4)
+                        wire.send(clone_request(201 + index))
+                        with contextlib.suppress(TimeoutError):
+                            return wire.message()
+                raise AssertionError("no answer in 100 tries")
+
+            answers = at_once(8, insist)
+            self.assertEqual([answer.status for answer in answers], [200] * 8)
+            self.assertEqual(len({json.loads(answer.body)["data"] for answer in answers}), 8)
+            self.assertEqual((len(pve.clones), pve.overlaps), (8, 0))
+
+    def test_claiming_and_leaving_never_both_win(self) -> None:
+        sent: list[bytes] = []
+
+        class Refusing:
+            def post(self, data: bytes) -> program.Answer:
+                sent.append(data)
+                return program.error_answer(program.Refusal(500, "no"))
+
+        clones = program.CloneQueue(program.Settings(), Refusing())  # type: ignore[arg-type]
+        threading.Thread(target=clones.run, daemon=True).start()
+        program.log.disabled = True
+        self.addCleanup(setattr, program.log, "disabled", False)
+        dropped = ran = 0
+        for index in range(5000):
+            client = PretendedClient()
+            job = job_of(b"%d" % index, client)
+            job.request = b"%d" % index
+            clones.admit(job)
+            client.left = True
+            clones.leave(job, client)
+            deadline = time.monotonic() + LONG
+            while job.stage not in (program.Stage.ENDED, program.Stage.DROPPED):
+                os.sched_yield()
+                self.assertLess(time.monotonic(), deadline)
+            self.assertEqual(job.stage is program.Stage.ENDED, bool(sent) and sent[-1] == b"%d" % index)
+            dropped += job.stage is program.Stage.DROPPED
+            ran += job.stage is program.Stage.ENDED
+        self.assertEqual((dropped + ran, len(sent)), (5000, ran))
+        self.assertGreater(dropped, 0)
+        self.assertEqual(clones.snapshot()["waiting"], [])
+
+    def test_kept_answers_are_forgotten(self) -> None:
+        clones = program.CloneQueue(program.Settings(), None)  # type: ignore[arg-type]
+        client = PretendedClient()
+        job = clones.admit(job_of(b"x", client))
+        clones._claim(clones._next())
+        clones.leave(job, client)
+        clones._finish(job, program.Ended(program.error_answer(program.Refusal(500, "x")), "failed"))
+        clones.prune()
+        self.assertIs(clones._abandoned_twin(b"x"), job)
+        job.ended_at -= program.KEEP_SECONDS + 1
+        clones.prune()
+        self.assertIsNone(clones._abandoned_twin(b"x"))
+        self.assertEqual((clones._by_key, clones._kept), ({}, {}))
+
+
+class Locks(unittest.TestCase):
+    def test_a_locked_source_is_waited_for_and_others_go_on(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            pve.locks["9000"] = "backup"
+            locked = bring(proxy, clone_request(201))[0]
+            proxy.wait_log(r"CLONE LOCKED: node=pve vmid=9000: CT is locked \(backup\)")
+            later = bring(proxy, clone_request(202))[0]
+            proxy.wait_log("CLONE QUEUED", 2)
+            self.assertEqual(proxy.clone(203, source=9001).status, 200)
+            with pve.lock:
+                del pve.locks["9000"]
+            self.assertEqual((locked.message().status, later.message().status), (200, 200))
+            done = [record.newid for record in pve.clones if record.status == 200]
+            self.assertEqual(done, ["203", "201", "202"], "a source keeps its order")
+            self.assertEqual(len(proxy.lines("CLONE LOCKED")), 1)
+
+    def test_when_the_time_is_over_pves_refusal_is_the_answer(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url, "-lock-timeout", "600ms") as proxy:
+            pve.locks["9000"] = "snapshot"
+            begin = time.monotonic()
+            answer = proxy.clone(201)
+            self.assertGreater(time.monotonic() - begin, 0.6)
+            self.assertEqual(answer.first, b"HTTP/1.1 500 CT is locked (snapshot)")
+            self.assertEqual(json.loads(answer.body)["message"], "CT is locked (snapshot)\n")
+            self.assertGreater(len(pve.clones), 2)
+            self.assertGreater(pve.clones[-1].at - pve.clones[0].at, 0.6, "one more try at the end")
+
+    def test_zero_hands_the_refusal_on_at_once(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url, "-lock-timeout", "0") as proxy:
+            pve.locks["9000"] = "disk"
+            pve.exits.append("clone failed: cfs-lock 'storage-x' error: got lock request timeout")
+            self.assertEqual(proxy.clone(201).status, 500)
+            self.assertEqual(proxy.clone(202, source=9001).status, 200)
+            self.assertEqual(len(pve.clones), 2)
+
+    def test_only_the_tables_texts_are_tried_again(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            for text, tries in [
+                ("CT is locked (migrate)", 2),
+                ("can't lock file '/run/lock/lxc/pve-config-9000.lock' - got timeout", 2),
+                ("cfs-lock 'firewall-vm-201' error: got lock request timeout", 2),
+                ("can't lock file '/run/lock/lxc/pve-config-201.lock' - got timeout", 1),
+                ("can't lock file '/var/log/pve/tasks/.active.lock' - got timeout", 1),
+                ("got no worker upid - start worker failed", 1),
+                ("CT 201 already exists on node 'pve'", 1),
+            ]:
+                with self.subTest(text):
+                    before = len(pve.clones)
+                    pve.clone_faults.append(f"500 {text}")
+                    self.assertEqual(proxy.clone(201).status, 200 if tries == 2 else 500)
+                    self.assertEqual(len(pve.clones) - before, tries)
+                    with pve.lock:
+                        pve.guests.discard("201")
+
+    def test_a_task_that_failed_from_contention_is_tried_again(self) -> None:
+        contention = "clone failed: can't lock file '/var/lock/pve-manager/pve-storage-local-lvm' - got timeout"
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            pve.exits.extend([contention, contention])
+            answer = proxy.clone(201)
+            self.assertEqual(json.loads(answer.body)["data"], pve.clones[2].upid)
+            self.assertEqual((len(pve.clones), pve.overlaps), (3, 0))
+            pve.exits.append(contention + " +behind")
+            answer = proxy.clone(202)
+            self.assertEqual(json.loads(answer.body)["data"], pve.clones[3].upid, "the first try's answer")
+            self.assertIn("already exists", pve.tasks and "already exists" if pve.clones[4].status == 500 else "")
+            proxy.wait_log(r"CLONE ERROR: node=pve vmid=9000 newid=202: PVE's clean-up .* left it behind")
+
+    def test_a_parked_clone_whose_client_left_is_dropped(self) -> None:
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
+            pve.locks["9000"] = "backup"
+            wire = bring(proxy, clone_request(201))[0]
+            proxy.wait_log("CLONE LOCKED")
+            wire.close()
+            proxy.wait_log("CLONE ABANDONED")
+            with pve.lock:
+                tries = len(pve.clones)
+                del pve.locks["9000"]
+            self.assertEqual(proxy.clone(202).status, 200)
+            self.assertLessEqual(len(pve.clones), tries + 1)
+            self.assertNotIn("201", pve.guests)
+
+    def test_three_proxies_before_one_cluster(self) -> None:
+        with FakePVE(clone_seconds=0.02) as pve, Proxy(pve.url) as a, Proxy(pve.url) as b, Proxy(pve.url) as c:
+            proxies = (a, b, c)
+            answers = at_once(60, lambda index: proxies[index % 3].clone(200 + index, source=9000 + index // 3 % 2))
+            self.assertEqual([answer.status for answer in answers], [200] * 60)
+            self.assertEqual(pve.overlaps, 0)
+            self.assertEqual(sum(record.status == 200 for record in pve.clones), 60)
+            self.assertTrue({str(200 + index) for index in range(60)} <= pve.guests)
+
+    def test_after_a_crash_the_next_clone_waits_for_the_lock(self) -> None:
+        with FakePVE(clone_seconds=1) as pve:
+            proxy = Proxy(pve.url)
+            bring(proxy, clone_request(201))
+            pve.wait_for_clones(1)
+            port = proxy.port
+            proxy.stop(signal.SIGKILL)
+            pve.clone_seconds = 0.05
+            with Proxy(pve.url, port=port) as again:
+                self.assertEqual(again.clone(202).status, 200)
+                again.wait_log("CLONE LOCKED")
+            self.assertEqual(pve.overlaps, 0)
+
+
+class Shutdown(unittest.TestCase):
+    def test_waiting_clones_get_503_and_the_running_one_its_answer(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number), FakePVE(clone_seconds=0.7) as pve:
+                proxy = Proxy(pve.url)
+                requests = clone_request(201), clone_request(202), clone_request(203, 9001)
+                running, *waiting = queue_up(proxy, *requests)
+                pve.wait_for_clones(1)
+                proxy.process.send_signal(number)
+                for wire in waiting:
+                    answer = wire.message()
+                    self.assertEqual((answer.status, answer.get("retry-after")), (503, b"5"))
+                self.assertEqual(running.message().status, 200)
+                self.assertEqual(proxy.stop(0), 0)
+                self.assertEqual(len(pve.clones), 1)
+
+    def test_a_clone_parked_after_a_failed_task_gets_that_tasks_answer(self) -> None:
+        with FakePVE() as pve:
+            proxy = Proxy(pve.url)
+            pve.exits.append("clone failed: cfs-lock 'storage-x' error: got lock request timeout")
+            pve.on_clone = lambda record: pve.locks.setdefault("9000", "disk") and None if len(pve.clones) == 2 else None
+            wire = bring(proxy, clone_request(201))[0]
+            pve.wait_for_clones(2)
+            proxy.process.terminate()
+            answer = wire.message()
+            self.assertEqual((answer.status, json.loads(answer.body)["data"]), (200, pve.clones[0].upid))
+            self.assertEqual(proxy.stop(0), 0)
+
+    def test_idle_connections_and_tunnels_end_at_once_and_requests_finish(self) -> None:
+        go_on = threading.Event()
+
+        def script(wire: Wire) -> None:
+            if b"Upgrade" in b"".join(name for name, _ in backend.request(wire).fields):
+                wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+                wire.rest()
+            else:
+                go_on.wait(LONG)
+                wire.send(OK)
+
+        with ScriptedBackend(script) as backend:
+            proxy = Proxy(backend.url)
+            tunnel, busy, silent = bring(proxy, UPGRADE, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", b"")
+            tunnel.head()
+            wait_until(lambda: len(backend.requests) == 2, "the request at the backend")
+            proxy.process.terminate()
+            self.assertTrue(tunnel.closed())
+            self.assertTrue(silent.closed())
+            go_on.set()
+            answer = busy.message()
+            self.assertEqual((answer.body, answer.get("connection")), (b"ok", b"close"))
+            self.assertEqual(proxy.stop(0), 0)
+
+    def test_who_runs_at_the_end_of_patience_learns_what_is_known(self) -> None:
+        def run(fault: str) -> Message:
+            code = (f"import sys; sys.path.insert(0, {HERE!r}); import pve_clone_queue_proxy as p\n"
+                    "p.DRAIN_SECONDS = 0.3\nsys.exit(p.main(sys.argv[1:]))")  # fmt: skip
+            with FakePVE(clone_seconds=60) as pve, socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+                free.close()
+                command = [sys.executable, "-c", code, "-listen", f"127.0.0.1:{port}", "-backend", pve.url]
+                with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+                    assert process.stderr
+                    process.stderr.readline()
+                    if fault:
+                        pve.clone_faults.append(fault)
+                    with Wire.to(port) as wire:
+                        wire.send(clone_request(201))
+                        pve.wait_for_clones(1)
+                        if not fault:
+                            wait_until(lambda: "CLONE TASK" in process.stderr.readline())  # type: ignore[union-attr]
+                        process.terminate()
+                        answer = wire.message()
+                    self.assertEqual(process.wait(LONG), 0)
+                    if not fault:
+                        self.assertEqual(json.loads(answer.body)["data"], next(iter(pve.tasks)))
+            return answer
+
+        self.assertEqual(run("").status, 200)
+        answer = run("hang")
+        self.assertEqual((answer.status, answer.get("retry-after")), (504, None))
+        self.assertIn("outcome of the clone is unknown", json.loads(answer.body)["message"])
+
+    def test_a_second_signal_ends_it_at_once(self) -> None:
+        with FakePVE(clone_seconds=60) as pve:
+            proxy = Proxy(pve.url)
+            bring(proxy, clone_request(201))
+            pve.wait_for_clones(1)
+            proxy.process.terminate()
+            proxy.wait_log("shutting down")
+            self.assertEqual(proxy.stop(), -signal.SIGTERM)
 
 
 # The demo, and the simulated PVE by hand
