@@ -182,6 +182,7 @@ class CloneRecord:
     body: bytes
     status: int = 0
     upid: str = ""
+    fault: str = ""
 
 
 class FakePVE:
@@ -189,7 +190,7 @@ class FakePVE:
 
     Knobs, to be set by tests: `clone_seconds`; `exits`, exit statuses of the next tasks; `clone_faults` and
     `poll_faults`, what happens to the next such calls (see `misbehave`); `locks`, by VMID; `remote`, whether tasks run
-    where the proxy can't see them; `random_fault`, a function that may name one for any request.
+    where the proxy can't see them; `random_fault`, which may name one for any `relay`, `clone` or `poll`.
     """
 
     def __init__(self, port: int = 0, *, clone_seconds: float = 0.05, tls: str = "new", auth_delay: float = 0.3) -> None:
@@ -202,7 +203,7 @@ class FakePVE:
         self.exits: collections.deque[str] = collections.deque()
         self.clone_faults: collections.deque[str] = collections.deque()
         self.poll_faults: collections.deque[str] = collections.deque()
-        self.random_fault: Callable[[str], str | None] = lambda path: None
+        self.random_fault: Callable[[str], str] = lambda kind: ""
         self.on_clone: Callable[[CloneRecord], None] = lambda record: None
         self.clones: list[CloneRecord] = []
         self.tasks: dict[str, Task] = {}
@@ -362,8 +363,8 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
         """An error: its text is in the reason phrase."""
         self.send_data(None, status, text, text)
 
-    def misbehave(self, fault: str) -> bool:
-        """Do what a fault says; False if the call is to go on. `reset`, `reset-in-head`, `reset-in-body`, `close`,
+    def misbehave(self, fault: str) -> None:
+        """Do what a fault says: `reset`, `reset-in-head`, `reset-in-body`, `close`,
         `hang`, `garbage`, `json:...` (a 200 with that body), `STATUS TEXT`. Behind a `+` the call is carried out first."""
         if fault == "reset":
             self.reset()
@@ -386,7 +387,6 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
         else:
             status, _, text = fault.partition(" ")
             self.send_error_text(int(status), text)
-        return True
 
     def reset(self) -> None:
         """Close with a RST."""
@@ -430,10 +430,11 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
             self.send_error_text(501, "for data too large")
             return
         body = self.rfile.read(length)
-        fault = pve.random_fault(path)
-        if fault and self.misbehave(fault):
-            return
-        self.call(parts, query, body)
+        fault = "" if parts[-1:] in (["clone"], ["status"], ["version"]) else pve.random_fault("relay")
+        if fault:
+            self.misbehave(fault)
+        else:
+            self.call(parts, query, body)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = do_PATCH = answer
 
@@ -495,7 +496,8 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
         newid = parameters.get("newid", "")
         record = CloneRecord(time.monotonic(), self.path, source, newid, list(self.headers.items()), body)
         with pve.lock:
-            fault = pve.clone_faults.popleft() if pve.clone_faults else ""
+            fault = pve.clone_faults.popleft() if pve.clone_faults else pve.random_fault("clone")
+        record.fault = fault
         if fault and not fault.startswith("+"):
             with pve.lock:
                 pve.clones.append(record)
@@ -514,7 +516,7 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
         pve = self.pve
         with pve.lock:
             pve.polls += 1
-            fault = pve.poll_faults.popleft() if pve.poll_faults else ""
+            fault = pve.poll_faults.popleft() if pve.poll_faults else pve.random_fault("poll")
             task = pve.tasks.get(upid)
             pve.running()
         if fault:
@@ -2498,6 +2500,383 @@ class Shutdown(unittest.TestCase):
             self.assertEqual(proxy.stop(), -signal.SIGTERM)
 
 
+# Operation
+
+
+class Status(unittest.TestCase):
+    def setUp(self) -> None:
+        self.pve = self.enterContext(FakePVE(clone_seconds=0.3))
+        self.proxy = self.enterContext(Proxy(self.pve.url, "-status-listen", "127.0.0.1:0"))
+        self.port = int(self.proxy.wait_log(r"STATUS PAGE: 127\.0\.0\.1:(\d+)")[1])
+
+    def page(self, path: str, method: str = "GET") -> Message:
+        with Wire.to(self.port) as wire:
+            wire.send(f"{method} {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            return wire.message(no_body=method == "HEAD")
+
+    def status(self) -> Any:
+        return json.loads(self.page("/status.json").body)
+
+    def test_the_picture_of_the_queue(self) -> None:
+        wires = queue_up(self.proxy, clone_request(201), clone_request(202))
+        self.pve.wait_for_clones(1)
+        status = self.status()
+        self.assertEqual((status["running"]["vmid"], status["running"]["newid"]), ("9000", "201"))
+        self.assertEqual(status["running"]["user"], "root@pam!t")
+        self.assertEqual([job["newid"] for job in status["waiting"]], ["202"])
+        self.assertEqual([wire.message().status for wire in wires], [200, 200])
+        status = wait_until(lambda: (now := self.status())["totals"]["completed"] == 2 and now)
+        self.assertEqual([job["outcome"] for job in status["history"]], ["completed"] * 2)
+        self.assertGreater(status["history"][1]["waited_seconds"], 0.2)
+        self.assertNotIn(b"secret", self.page("/status.json").body)
+
+    def test_values_of_clients_are_escaped(self) -> None:
+        path = "/api2/json/nodes/%3Cscript%3E%22/lxc/9000/clone"
+        self.proxy.clone("201", path=path)
+        page, data = self.page("/"), self.page("/status.json")
+        self.assertEqual(data.get("content-type"), b"application/json")
+        self.assertIn('<script>"', json.loads(data.body)["history"][0]["node"])
+        self.assertNotIn(b"<script>&", page.body)
+        policy = page.get("content-security-policy") or b""
+        script = re.search(rb"<script>(.*?)</script>", page.body, re.DOTALL)
+        assert script
+        digest = base64.b64encode(hashlib.sha256(script[1]).digest())
+        self.assertIn(b"default-src 'none'; script-src 'sha256-" + digest + b"'", policy)
+        self.assertNotIn(b"innerHTML", script[1])
+        self.assertNotRegex(page.body, rb"(src|href)=\"(?!data:)")
+
+    def test_metrics(self) -> None:
+        self.proxy.clone(201)
+        self.proxy.clone(202, source=777)
+        self.proxy.get("/")
+        text = self.page("/metrics").body.decode()
+        for line in ['pve_clone_queue_clones_total{outcome="completed"} 1', 'pve_clone_queue_clones_total{outcome="failed"} 1',
+                     "pve_clone_queue_queued 0", "pve_clone_queue_running 0", "pve_clone_queue_wait_seconds_count 2",
+                     'pve_clone_queue_relayed_requests_total{status="2xx"} 1']:  # fmt: skip
+            self.assertIn(line + "\n", text)
+        for line in text.splitlines():
+            self.assertRegex(line, r"^(# (HELP|TYPE) \w+ .+|\w+(\{\w+=\"\w+\"\})? [0-9.e-]+)$")
+
+    def test_health(self) -> None:
+        self.assertEqual((self.page("/healthz").status, self.page("/healthz").body), (200, b"ok\n"))
+        self.pve.server.server_close()
+        answer = wait_until(lambda: (page := self.page("/healthz")).status == 503 and page)
+        self.assertIn(b"can't be reached", answer.body)
+
+    def test_other_requests(self) -> None:
+        self.assertEqual(self.page("/nothing").status, 404)
+        self.assertEqual(self.page("/", "DELETE").status, 405)
+        self.assertGreater(int(self.page("/", "HEAD").get("content-length") or 0), 1000)
+
+
+class Listening(unittest.TestCase):
+    """With TLS of the proxy's own."""
+
+    def setUp(self) -> None:
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.cert, self.key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+        self.install(OLD_CERT, OLD_KEY)
+
+    def install(self, cert: str, key: str) -> None:
+        for path, text in ((self.cert, cert), (self.key, key)):
+            with open(path, "w") as file:
+                file.write(text)
+
+    def proxy(self, backend: str, *flags: str) -> Proxy:
+        return self.enterContext(Proxy(backend, "-tls-cert", self.cert, "-tls-key", self.key, *flags))
+
+    def test_everything_works_over_tls(self) -> None:
+        with FakePVE(clone_seconds=0.3) as pve:
+            proxy = self.proxy(pve.url)
+            with proxy.wire() as wire:
+                for _ in range(3):
+                    wire.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+                    self.assertEqual(wire.message().status, 200)
+            size = 30 << 20
+            with proxy.wire() as wire:
+                wire.send(b"POST /api2/json/nodes/pve/storage/local/upload HTTP/1.1\r\nHost: h\r\n"
+                          b"Content-Length: %d\r\n\r\n" % size + bytes(size))  # fmt: skip
+                self.assertEqual(wire.message().status, 200)
+            self.assertEqual(len(proxy.get(f"/api2/json/nodes/pve/download?bytes={size}",
+                                           f"Authorization: {TOKEN}").body), size)  # fmt: skip
+            with proxy.wire() as wire:
+                wire.send(UPGRADE)
+                self.assertEqual(wire.head().status, 101)
+                threading.Thread(target=wire.send, args=(bytes(5 << 20),), daemon=True).start()
+                self.assertEqual(wire.exactly(7 + (5 << 20))[:7], b"\x82\x05hello")
+            first, leaver = queue_up(proxy, clone_request(201), clone_request(202))
+            leaver.close()
+            proxy.wait_log("CLONE ABANDONED")
+            self.assertEqual((first.message().status, len(pve.clones)), (200, 1))
+
+    def test_versions_and_stalled_handshakes(self) -> None:
+        with answering(OK) as backend:
+            proxy = self.proxy(backend.url)
+            with socket.create_connection(("127.0.0.1", proxy.port)):  # never begins its handshake
+                self.assertEqual(proxy.get("/").status, 200)
+            context = client_context()
+            context.minimum_version = ssl.TLSVersion.TLSv1
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            with self.assertRaises(OSError), socket.create_connection(("127.0.0.1", proxy.port)) as sock:
+                context.wrap_socket(sock)
+
+    def test_sighup_loads_the_certificate_anew(self) -> None:
+        with answering(OK) as backend:
+            proxy = self.proxy(backend.url)
+
+            def served() -> bytes | None:
+                with proxy.wire() as wire:
+                    assert isinstance(wire.sock, ssl.SSLSocket)
+                    return wire.sock.getpeercert(binary_form=True)
+
+            self.assertEqual(served(), ssl.PEM_cert_to_DER_cert(OLD_CERT))
+            with proxy.wire() as kept:
+                kept.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+                kept.message()
+                self.install("nonsense", "nonsense")
+                proxy.process.send_signal(signal.SIGHUP)
+                proxy.wait_log("certificate not loaded anew")
+                self.install(NEW_CERT, NEW_KEY)
+                proxy.process.send_signal(signal.SIGHUP)
+                proxy.wait_log("certificate loaded anew")
+                self.assertEqual(served(), ssl.PEM_cert_to_DER_cert(NEW_CERT))
+                kept.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+                self.assertEqual(kept.message().status, 200)
+
+
+class ServiceManager(unittest.TestCase):
+    """What systemd would hear and do."""
+
+    def test_it_is_told_and_keeps_the_listening_socket(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, FakePVE(clone_seconds=1) as pve:
+            path = os.path.join(folder, "notify")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                notify.bind(path)
+                notify.settimeout(LONG)
+                kept: list[int] = []
+
+                def hear(pattern: str) -> str:
+                    while True:
+                        data, fds, _, _ = socket.recv_fds(notify, 4096, 4)
+                        kept.extend(fds)
+                        if re.search(pattern, data.decode()):
+                            return data.decode()
+
+                with Proxy(pve.url, env={"NOTIFY_SOCKET": path}) as proxy:
+                    self.assertEqual(hear("FDSTORE"), "FDSTORE=1\nFDNAME=listen")
+                    hear("READY=1")
+                    hear("STATUS=idle, 0 waiting; 0 done, 0 failed")
+                    wires = queue_up(proxy, clone_request(201), clone_request(202))
+                    hear(r"STATUS=cloning pve/9000 for \d\.\ds, 1 waiting; 0 done, 0 failed")
+                    proxy.process.terminate()
+                    hear("STOPPING=1")
+                    self.assertEqual(sorted(wire.message().status for wire in wires), [200, 503])
+                    port = proxy.port
+                # A connection made while nobody runs waits in the backlog of the kept socket.
+                with Wire.to(port) as wire:
+                    wire.send(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                    code = (f"import os, sys; os.dup2({kept[0]}, 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+                            f"os.execv(sys.executable, [sys.executable, {PROGRAM!r}, *sys.argv[1:]])")  # fmt: skip
+                    command = [sys.executable, "-c", code, "-listen", f"127.0.0.1:{port}", "-backend", pve.url]
+                    environment = {**os.environ, "LISTEN_FDS": "1"}
+                    with subprocess.Popen(command, env=environment, pass_fds=kept, stderr=subprocess.PIPE) as process:
+                        self.assertEqual(wire.message().status, 200)
+                        process.terminate()
+                        self.assertEqual(process.wait(LONG), 0)
+                for fd in kept:
+                    os.close(fd)
+
+
+# Exactly once, whatever happens
+
+
+class Soak:
+    """A run with seeded random faults: clients that leave and come back, a PVE that resets, hangs and refuses."""
+
+    LOCKED = ("500 CT is locked (backup)", "500 CT is locked (snapshot)")
+    CONTENTION = "clone failed: cfs-lock 'storage-x' error: got lock request timeout"
+
+    def __init__(self, relayed: int, clones: int, seconds: float, seed: int = 1) -> None:
+        self.rng = random.Random(seed)
+        self.lock = threading.Lock()
+        self.left_to_relay, self.left_to_clone = relayed, clones
+        self.deadline = time.monotonic() + seconds
+        self.figures: collections.Counter[str] = collections.Counter()
+        self.successes: collections.Counter[str] = collections.Counter()
+        self.problems: list[str] = []
+        self.next = 1000
+
+    def chance(self, probability: float) -> bool:
+        """True with this probability."""
+        with self.lock:
+            return self.rng.random() < probability
+
+    def fault(self, kind: str) -> str:
+        """What happens to PVE's next call of a kind."""
+        with self.lock:
+            number = self.rng.random()
+            if kind == "relay" and number < 0.08:
+                return self.rng.choice(["reset", "reset-in-head", "reset-in-body", "close", "garbage", "hang"])
+            if kind == "poll" and number < 0.1:
+                return self.rng.choice(["reset", "close", "garbage", "500 x", "json:{}", "401 x"])
+            if kind == "clone" and number < 0.2:
+                return self.rng.choice(["reset", "+reset", "close", "+close", "hang", "+hang", "596 x", "+596 x", "403 x",
+                                        "json:x", "reset-in-body", *self.LOCKED])  # fmt: skip
+            return ""
+
+    def take(self, what: str) -> int:
+        """The number of the next request to make; 0 when there are enough."""
+        with self.lock:
+            left = getattr(self, what)
+            if left <= 0 or time.monotonic() > self.deadline:
+                return 0
+            setattr(self, what, left - 1)
+            self.next += 1
+            return self.next
+
+    def count(self, what: str) -> None:
+        """Add one to a figure."""
+        with self.lock:
+            self.figures[what] += 1
+
+    def relay(self, proxy: Proxy) -> None:
+        """Ordinary requests; each must get its own answer, an error of the proxy's, or a cut."""
+        while number := self.take("left_to_relay"):
+            method = "POST" if self.chance(0.3) else "GET"
+            body = "Content-Length: 3\r\n\r\nabc" if method == "POST" else "\r\n"
+            try:
+                with proxy.wire() as wire:
+                    wire.send(f"{method} /api2/json/x/{number} HTTP/1.1\r\nHost: h\r\nAuthorization: {TOKEN}\r\n{body}".encode())
+                    if self.chance(0.05):
+                        self.count("relayed, client left")
+                        continue
+                    answer = wire.message()
+            except (OSError, EOFError):
+                self.count("relayed, cut off")
+                continue
+            self.count(f"relayed, {answer.status}")
+            if answer.status not in (502, 504) and f"'{method} /x/{number}'".encode() not in answer.first:
+                self.problems.append(f"request {number} got {answer.first!r}")
+
+    def clone(self, proxy: Proxy) -> None:
+        """Clones; each client gets one answer or leaves, and may come back with the same request."""
+        while newid := self.take("left_to_clone"):
+            source = 9000 + newid % 2
+            while True:
+                try:
+                    with proxy.wire() as wire:
+                        wire.send(clone_request(newid, source))
+                        try:
+                            wire.sock.settimeout(0.02 + 0.3 * random.random() if self.chance(0.3) else LONG * 3)
+                            answer = wire.message()
+                        except TimeoutError:
+                            # It leaves by a half-close, to see whether an answer was on its way in that very moment.
+                            wire.sock.settimeout(LONG)
+                            wire.sock.shutdown(socket.SHUT_WR)
+                            if wire.more():
+                                answer = wire.message()
+                            else:
+                                self.count("clone, client left")
+                                if self.chance(0.7):
+                                    continue
+                                break
+                except (OSError, EOFError) as error:
+                    self.problems.append(f"clone {newid} was cut off: {error}")
+                    break
+                self.count(f"clone, {answer.status}")
+                if answer.status == 200 and b"UPID" in answer.body:
+                    with self.lock:
+                        self.successes[json.loads(answer.body)["data"]] += 1
+                break
+
+    def run(self, flags: tuple[str, ...] = ()) -> None:
+        """Do it all, then look whether everything is as it should be."""
+        with FakePVE(clone_seconds=0.03, auth_delay=0.1) as pve:
+            flags = ("-request-timeout", "400ms", "-poll-delay", "50ms", "-status-listen", "127.0.0.1:0", *flags)
+            with Proxy(pve.url, *flags) as proxy:
+                proxy.get("/")
+                threads, descriptors = proxy.threads(), proxy.descriptors()
+                pve.random_fault = self.fault
+
+                def exit_status(record: CloneRecord) -> None:
+                    if self.rng.random() < 0.1:
+                        pve.exits.append(self.rng.choice([self.CONTENTION, "clone failed: disk full", "WARNINGS: 1"]))
+
+                pve.on_clone = exit_status
+                workers = [threading.Thread(target=self.relay, args=(proxy,)) for _ in range(4)]
+                workers += [threading.Thread(target=self.clone, args=(proxy,)) for _ in range(12)]
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.join()
+                port = int(proxy.wait_log(r"STATUS PAGE: 127\.0\.0\.1:(\d+)")[1])
+
+                def snapshot() -> Any:
+                    with Wire.to(port) as wire:
+                        wire.send(b"GET /status.json HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                        return json.loads(wire.message().body)
+
+                wait_until(lambda: not (now := snapshot())["running"] and not now["waiting"], "the queue to be empty", 60)
+                wait_until(lambda: proxy.threads() <= threads, "no thread to be left over")
+                wait_until(lambda: proxy.descriptors() <= descriptors + 1, "no descriptor to be left over")
+                self.figures["memory, kB"] = proxy.memory()
+                pve.hanging.set()
+            self.check(pve)
+
+    def check(self, pve: FakePVE) -> None:
+        """Exactly once: by what reached PVE, and by what clients got."""
+        by_newid: dict[str, list[CloneRecord]] = {}
+        for record in pve.clones:
+            by_newid.setdefault(record.newid, []).append(record)
+        self.figures["clone calls at PVE"] = len(pve.clones)
+        self.figures["tasks"] = len(pve.tasks)
+        for newid, records in by_newid.items():
+            for record in records[:-1]:
+                contention = record.upid and pve.tasks[record.upid].exit_status == self.CONTENTION
+                locked = record.status == 500 and not record.upid or record.fault in self.LOCKED
+                if not contention and not locked:
+                    self.problems.append(f"{newid} was sent again after {record.status} {record.fault} {record.upid}")
+        started = collections.Counter(task.newid for task in pve.tasks.values() if task.exit_status != self.CONTENTION)
+        for newid, count in started.items():
+            if count > 1 and not any(t.newid == newid and t.exit_status.startswith("clone failed") for t in pve.tasks.values()):
+                self.problems.append(f"{newid} was cloned {count} times")
+        if pve.overlaps:
+            self.problems.append(f"{pve.overlaps} times two tasks of one source")
+        for upid, count in self.successes.items():
+            if count > 1:
+                self.problems.append(f"{upid} was given to {count} clients")
+
+
+class ExactlyOnce(unittest.TestCase):
+    def test_a_short_soak(self) -> None:
+        soak = Soak(300, 40, 6)
+        soak.run()
+        self.assertEqual(soak.problems, [])
+        self.assertGreater(soak.figures["tasks"], 10)
+
+
+def soak(seconds: float) -> int:
+    """Soak for that long, in rounds of 2,000 relayed requests and 200 clones; the exit status."""
+    begin, seed = time.monotonic(), int(time.time())
+    total: collections.Counter[str] = collections.Counter()
+    while (left := begin + seconds - time.monotonic()) > 0:
+        round_ = Soak(2000, 200, left, seed)
+        round_.run()
+        memory = max(total["memory, kB"], round_.figures["memory, kB"])
+        total += round_.figures
+        total["memory, kB"] = memory
+        total["rounds"] += 1
+        for problem in round_.problems:
+            print(f"PROBLEM (seed {seed}): {problem}")
+        total["problems"] += len(round_.problems)
+        seed += 1
+    for name in sorted(total):
+        print(f"{name:28} {total[name]:9,}")
+    print(f"{'seconds':28} {time.monotonic() - begin:9,.0f}")
+    return 1 if total["problems"] else 0
+
+
 # The demo, and the simulated PVE by hand
 
 
@@ -2583,6 +2962,8 @@ def main(arguments: list[str]) -> int:
         return demo()
     if mode == "fake-pve":
         return fake_pve(int(arguments[1]) if len(arguments) > 1 else 8006)
+    if mode == "soak":
+        return soak(float(arguments[1]) if len(arguments) > 1 else 60)
     unittest.main(module=sys.modules["__main__"])
     return 0
 
