@@ -19,6 +19,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
 import http.server
@@ -26,11 +27,9 @@ import json
 import os
 import random
 import re
-import select
 import signal
 import socket
 import ssl
-import statistics
 import struct
 import subprocess
 import sys
@@ -39,7 +38,7 @@ import threading
 import time
 import unittest
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pve_clone_queue_proxy as program
@@ -218,13 +217,13 @@ class FakePVE:
         class Handler(FakePVEHandler):
             pve = self
 
-            def setup(handler) -> None:  # noqa: N805
+            def setup(handler) -> None:
                 if context:
                     handler.request.settimeout(10)
                     handler.request = context.wrap_socket(handler.request, server_side=True)
                 super().setup()
 
-            def finish(handler) -> None:  # noqa: N805
+            def finish(handler) -> None:
                 with contextlib.suppress(OSError):
                     super().finish()
                 handler.request.close()
@@ -400,10 +399,8 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
         match = re.fullmatch(r"PVEAPIToken=([^=]+)=secret", self.headers.get("Authorization", ""))
         if match:
             return match[1]
-        if "PVEAuthCookie=PVE:root@pam:good" in self.headers.get("Cookie", ""):
-            if self.command == "GET" or self.headers.get("CSRFPreventionToken") == "token":
-                return "root@pam"
-        return None
+        allowed = self.command == "GET" or self.headers.get("CSRFPreventionToken") == "token"
+        return "root@pam" if allowed and "PVEAuthCookie=PVE:root@pam:good" in self.headers.get("Cookie", "") else None
 
     def answer(self) -> None:
         """Any request."""
@@ -724,6 +721,10 @@ class ScriptedBackend:
             with self._lock:
                 self.open -= 1
 
+    def asked(self) -> bool:
+        """Whether a request has come."""
+        return bool(self.requests)
+
     def request(self, wire: Wire) -> Message:
         """The next request on a connection, noted."""
         message = wire.message()
@@ -753,6 +754,11 @@ def answering(*answers: bytes) -> ScriptedBackend:
 
     backend = ScriptedBackend(script)
     return backend
+
+
+def silent(wire: Wire) -> None:
+    """A script: read and say nothing."""
+    wire.rest()
 
 
 def by_path(answers: list[bytes]) -> ScriptedBackend:
@@ -1046,8 +1052,10 @@ class Upids(unittest.TestCase):
         self.assertEqual(upid_in(good), good)
         self.assertEqual(upid_in("UPID:" + "x" * 495), "UPID:" + "x" * 495)
         self.assertIsNone(upid_in(good, 500))
-        for bad in ["UPID:" + "x" * 496, "UPID:a b", "UPID:a/b", "UPID:a%62", "UPID:a?b", "UPID:a#b", "UPID:a\n", "UPID:",
-                    "UPID:é", "upid:x", "xUPID:x", None, 5, ["UPID:x"], {}]:  # fmt: skip
+        table: list[object] = [
+            "UPID:" + "x" * 496, "UPID:a b", "UPID:a/b", "UPID:a%62", "UPID:a?b", "UPID:a#b", "UPID:a\n", "UPID:",
+                    "UPID:é", "upid:x", "xUPID:x", None, 5, ["UPID:x"], {}]  # fmt: skip
+        for bad in table:
             with self.subTest(bad):
                 self.assertIsNone(upid_in(bad))
 
@@ -1592,7 +1600,7 @@ class Streaming(unittest.TestCase):
             wire.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 12\r\n\r\n")
             for count in range(3):
                 wire.send(b"%04d" % count)
-                wait_until(lambda count=count: len(seen) == count + 1, "the part at the backend")
+                wait_until(functools.partial(lambda count: len(seen) == count + 1, count), "the part at the backend")
             self.assertEqual(wire.message().status, 200)
             self.assertEqual(b"".join(seen), b"000000010002")
 
@@ -1633,7 +1641,7 @@ class Streaming(unittest.TestCase):
             with self.subTest(chunked=chunked), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
                 with proxy.wire() as wire:
                     wire.send(b"POST / HTTP/1.1\r\nHost: h\r\n" + framing + b"1234")
-                wait_until(lambda ends=ends: ends, "the backend to see the end")
+                wait_until(functools.partial(list, ends), "the backend to see the end")
                 self.assertNotIn(b"0\r\n\r\n", ends[0])
 
     def test_a_client_that_leaves_frees_the_backend(self) -> None:
@@ -1650,7 +1658,7 @@ class Streaming(unittest.TestCase):
             with self.subTest(answer), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
                 with proxy.wire() as wire:
                     wire.send(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-                    wait_until(lambda backend=backend: backend.requests, "the request at the backend")
+                    wait_until(backend.asked, "the request at the backend")
                     if answer:
                         wire.until(b"\r\n\r\n1")
                 self.assertTrue(ended.wait(3))
@@ -1684,7 +1692,7 @@ class Streaming(unittest.TestCase):
 
 class Deadlines(unittest.TestCase):
     def test_a_silent_backend_is_a_504(self) -> None:
-        with ScriptedBackend(lambda wire: wire.rest() and None) as backend:
+        with ScriptedBackend(silent) as backend:
             with Proxy(backend.url, "-request-timeout", "200ms") as proxy:
                 response = proxy.get("/")
                 self.assertEqual(response.status, 504)
@@ -2032,7 +2040,7 @@ class Strangers(unittest.TestCase):
         with Proxy(f"http://127.0.0.1:{port}") as proxy:
             self.assertEqual(proxy.clone(201).status, 502)
             self.assertEqual(proxy.lines("CLONE QUEUED"), [])
-        with ScriptedBackend(lambda wire: wire.rest() and None) as backend:
+        with ScriptedBackend(silent) as backend:
             with Proxy(backend.url, "-request-timeout", "100ms") as proxy:
                 self.assertEqual(proxy.clone(201).status, 504)
 
@@ -2428,7 +2436,12 @@ class Shutdown(unittest.TestCase):
         with FakePVE() as pve:
             proxy = Proxy(pve.url)
             pve.exits.append("clone failed: cfs-lock 'storage-x' error: got lock request timeout")
-            pve.on_clone = lambda record: pve.locks.setdefault("9000", "disk") and None if len(pve.clones) == 2 else None
+
+            def lock_at_the_second_try(record: CloneRecord) -> None:
+                if len(pve.clones) == 2:
+                    pve.locks["9000"] = "backup"
+
+            pve.on_clone = lock_at_the_second_try
             wire = bring(proxy, clone_request(201))[0]
             pve.wait_for_clones(2)
             proxy.process.terminate()
@@ -2834,7 +2847,7 @@ class Soak:
         for newid, records in by_newid.items():
             for record in records[:-1]:
                 contention = record.upid and pve.tasks[record.upid].exit_status == self.CONTENTION
-                locked = record.status == 500 and not record.upid or record.fault in self.LOCKED
+                locked = (record.status == 500 and not record.upid) or record.fault in self.LOCKED
                 if not contention and not locked:
                     self.problems.append(f"{newid} was sent again after {record.status} {record.fault} {record.upid}")
         started = collections.Counter(task.newid for task in pve.tasks.values() if task.exit_status != self.CONTENTION)
