@@ -32,6 +32,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
 import hashlib
 import http.client
 import http.server
@@ -266,6 +267,7 @@ _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 MAX_LINE = 16 * 1024
 MAX_HEAD = 64 * 1024
 MAX_FIELDS = 100
+MAX_CACHED_FIELDS = 2048  # bytes of field lines, to be kept in memory
 MAX_CHUNK_LINE = 256
 MAX_INTERIM = 10
 RECEIVE_SIZE = 16 * 1024
@@ -281,6 +283,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection te transfer-encoding upgrade"
     b" trailer proxy-authenticate proxy-authorization".split()
 )
+_UNFRAMED_DROP = HOP_BY_HOP | {b"content-length"}
 # What a Connection field can't make the proxy drop, whatever it names. (Upgrade is dropped or kept for its own reasons.)
 PROTECTED = frozenset(
     b"host content-length content-type authorization cookie set-cookie csrfpreventiontoken upgrade".split()
@@ -327,27 +330,28 @@ def printable(text: bytes | str, limit: int = 300) -> str:
     return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:limit])
 
 
-class Head:
-    """A start line without its CRLF, and the fields in their order.
+class Fields:
+    """A head's field lines in their order, checked. Never changed, since equal ones are parsed but once: a client mostly
+    sends the same fields again and again, and so does PVE.
 
-    `fields` holds each field's lower-case name and its whole line as it came; `values` holds each name's values.
+    `lines` holds each field's lower-case name and its whole line as it came; `values` holds each name's values.
     """
 
-    __slots__ = ("fields", "start_line", "values")
+    __slots__ = ("_end_to_end", "lines", "values")
 
-    def __init__(self, raw: bytes) -> None:
-        """Parse a head whose last empty line is cut off. Raises Refusal (400 or 431)."""
-        self.start_line, _, block = raw.partition(b"\r\n")
+    def __init__(self, block: bytes) -> None:
+        """Parse field lines, each ended by CRLF. Raises Refusal (400 or 431)."""
         if block.count(b"\r\n") > MAX_FIELDS:
             raise Refusal(431, f"more than {MAX_FIELDS} header fields")
         if not _FIELDS.fullmatch(block):
             raise Refusal(400, _what_is_wrong(block))
-        self.fields: list[tuple[bytes, bytes]] = []
+        self.lines: list[tuple[bytes, bytes]] = []
         self.values: dict[bytes, list[bytes]] = {}
         for line, field_name, value in _FIELD.findall(block):
             name = field_name.lower()
-            self.fields.append((name, line))
+            self.lines.append((name, line))
             self.values.setdefault(name, []).append(value.strip(b" \t"))
+        self._end_to_end: dict[frozenset[bytes], bytes] = {}
 
     def one(self, name: bytes) -> bytes | None:
         """The value of a field that may stand once. Raises Refusal if it stands twice."""
@@ -365,12 +369,15 @@ class Head:
             return set()
         return {element.strip(b" \t").lower() for value in values for element in value.split(b",")}
 
-    def end_to_end(self, drop: frozenset[bytes] = HOP_BY_HOP) -> list[bytes]:
+    def end_to_end(self, drop: frozenset[bytes]) -> bytes:
         """The lines of the fields that go on to the next hop (RFC 9110 7.6.1): without those in `drop` and those that
         a Connection field names."""
-        if b"connection" in self.values:
-            drop |= self.tokens(b"connection") - PROTECTED
-        return [line for name, line in self.fields if name not in drop]
+        lines = self._end_to_end.get(drop)
+        if lines is None:
+            named = self.tokens(b"connection") - PROTECTED
+            lines = b"".join([line for name, line in self.lines if name not in drop and name not in named])
+            self._end_to_end[drop] = lines
+        return lines
 
     def framing(self, http11: bool) -> int | None:
         """Length of the body by Content-Length, CHUNKED, or None where no field says one (RFC 9112 6). Stricter than
@@ -390,6 +397,21 @@ class Head:
         if not _CONTENT_LENGTH.fullmatch(length):
             raise Refusal(400, "Content-Length is not a number")
         return int(length)
+
+    def keep_alive(self, http11: bool) -> bool:
+        """Whether the connection may be used again (RFC 9112 9.3)."""
+        if b"connection" not in self.values:
+            return http11
+        options = self.tokens(b"connection")
+        return b"close" not in options and (http11 or b"keep-alive" in options)
+
+
+_cached_fields = functools.lru_cache(maxsize=256)(Fields)
+
+
+def parse_fields(block: bytes) -> Fields:
+    """The fields of a head, given as lines with their CRLF. Raises Refusal."""
+    return _cached_fields(block) if len(block) <= MAX_CACHED_FIELDS else Fields(block)
 
 
 def _what_is_wrong(block: bytes) -> str:
@@ -482,7 +504,7 @@ class MessageReader:
         while not self.fill_now():
             self.wait(deadline)
 
-    def head(self, deadline: float) -> Head:
+    def head(self, deadline: float) -> tuple[bytes, Fields]:
         """Read a start line and fields up to their empty line, all before the deadline."""
         buffer = self.buffer
         scanned = 0
@@ -491,9 +513,9 @@ class MessageReader:
             scanned = len(buffer)
             self.fill(deadline)
         self._check_size(end)
-        raw = bytes(buffer[: end + 2])
+        start_line, _, block = bytes(buffer[: end + 2]).partition(b"\r\n")
         del buffer[: end + 4]
-        return Head(raw)
+        return start_line, parse_fields(block)
 
     def _check_partial_head(self, start: int) -> None:
         if _BAD_HEAD_BYTE.search(self.buffer, start):
@@ -505,6 +527,14 @@ class MessageReader:
             raise Refusal(414, f"the first line is longer than {MAX_LINE} bytes")
         if size > MAX_HEAD:
             raise Refusal(431, f"the head is larger than {MAX_HEAD} bytes")
+
+    def take(self, length: int) -> bytes:
+        """What is in `buffer` of a body that is framed by Content-Length or by the close."""
+        if length == CHUNKED:
+            return b""
+        data = bytes(self.buffer if length == UNTIL_CLOSE else self.buffer[:length])
+        del self.buffer[: len(data)]
+        return data
 
     def body(self, length: int, deadline: Deadline) -> Iterator[Bytes]:
         """The body's decoded pieces as they arrive. A piece is valid until the next one is asked for."""
@@ -614,35 +644,29 @@ def chunked(pieces: Iterable[Bytes]) -> Iterator[Bytes]:
 class Request:
     """A request that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1."""
 
-    __slots__ = ("expects_continue", "head", "http11", "keep_alive", "length", "method", "target")
+    __slots__ = ("expects_continue", "fields", "http11", "keep_alive", "length", "method", "target")
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, start_line: bytes, fields: Fields) -> None:
         """Raises Refusal with the status and reason that the client gets."""
-        match = _REQUEST_LINE.fullmatch(head.start_line)
+        match = _REQUEST_LINE.fullmatch(start_line)
         if not match:
             raise Refusal(400, "a malformed request line (RFC 9112 3)")
         self.method, target, major, minor = match.groups()
         if major != b"1":
             raise Refusal(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-        self.head = head
+        self.fields = fields
         self.http11 = minor != b"0"
         self.target = _origin_form(self.method, target)
-        host = head.one(b"host")
+        host = fields.one(b"host")
         if host is None and self.http11:
             raise Refusal(400, "no Host field (RFC 9112 3.2)")
         if host is not None and not _HOST.fullmatch(host):
             raise Refusal(400, "a malformed Host field")
-        self.length = head.framing(self.http11) or 0
-        self.expects_continue = False
-        if b"expect" in head.values and self.http11:
-            if head.tokens(b"expect") != {b"100-continue"}:
-                raise Refusal(417, "an Expect other than 100-continue")
-            self.expects_continue = True
-        if b"connection" not in head.values:
-            self.keep_alive = self.http11
-        else:
-            options = head.tokens(b"connection")
-            self.keep_alive = b"close" not in options and (self.http11 or b"keep-alive" in options)
+        self.length = fields.framing(self.http11) or 0
+        self.expects_continue = b"expect" in fields.values and self.http11
+        if self.expects_continue and fields.tokens(b"expect") != {b"100-continue"}:
+            raise Refusal(417, "an Expect other than 100-continue")
+        self.keep_alive = fields.keep_alive(self.http11)
 
     def path_parts(self) -> list[bytes]:
         """The path as PVE reads it: percent-decoded, then split on `/`, empty parts dropped."""
@@ -656,8 +680,8 @@ class Request:
             self.method == b"GET"
             and self.http11
             and self.length == 0
-            and self.head.tokens(b"upgrade") == {b"websocket"}
-            and b"upgrade" in self.head.tokens(b"connection")
+            and self.fields.tokens(b"upgrade") == {b"websocket"}
+            and b"upgrade" in self.fields.tokens(b"connection")
         )
 
 
@@ -686,22 +710,21 @@ def _origin_form(method: bytes, target: bytes) -> bytes:
 class Response:
     """The head of a response: `status_line` is what follows the version, `length` says how the body is framed."""
 
-    __slots__ = ("head", "keep_alive", "length", "status", "status_line")
+    __slots__ = ("fields", "keep_alive", "length", "status", "status_line")
 
-    def __init__(self, head: Head, method: bytes) -> None:
+    def __init__(self, start_line: bytes, fields: Fields, method: bytes) -> None:
         """Parse an answer to a request of that method. Raises Refusal."""
-        match = _STATUS_LINE.fullmatch(head.start_line)
+        match = _STATUS_LINE.fullmatch(start_line)
         if not match:
             raise Refusal(502, "a malformed status line (RFC 9112 4)")
         minor, self.status_line, status = match.groups()
-        self.head = head
+        self.fields = fields
         self.status = int(status)
-        length = head.framing(minor == b"1")
+        length = fields.framing(minor == b"1")
         if method == b"HEAD" or self.status < 200 or self.status in (204, 304):
             length = 0
         self.length = UNTIL_CLOSE if length is None else length
-        options = head.tokens(b"connection")
-        self.keep_alive = b"close" not in options and (minor == b"1" or b"keep-alive" in options)
+        self.keep_alive = fields.keep_alive(minor == b"1")
 
     def __str__(self) -> str:
         """Status and reason phrase, for people."""
@@ -712,12 +735,11 @@ class Response:
         """The reason phrase: PVE puts the text of an error there."""
         return self.status_line[5:].decode("latin-1")
 
-    def relayed_lines(self) -> list[bytes]:
-        """Status line and fields as they go to the client, without framing and Connection."""
-        # RFC 9110 8.6: these never have a Content-Length.
-        unframed = self.status < 200 or self.status == 204
-        drop = HOP_BY_HOP | {b"content-length"} if unframed else HOP_BY_HOP
-        return [b"HTTP/1.1", self.status_line, b"\r\n", *self.head.end_to_end(drop)]
+    def relayed_head(self) -> bytes:
+        """Status line and field lines as they go to the client, without framing, Connection, and the empty line."""
+        # RFC 9110 8.6: an answer of 1xx or 204 never has a Content-Length.
+        drop = _UNFRAMED_DROP if self.status < 200 or self.status == 204 else HOP_BY_HOP
+        return b"HTTP/1.1%b\r\n%b" % (self.status_line, self.fields.end_to_end(drop))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -740,11 +762,11 @@ def error_answer(refusal: Refusal) -> Answer:
     """An error of the proxy's own in the shape of PVE's errors: its clients show reason phrase and `message`."""
     body = json.dumps({"data": refusal.data, "message": refusal.reason}).encode() + b"\n"
     reason = printable(refusal.reason).encode()
-    head = [b"HTTP/1.1 %d %b" % (refusal.status, reason), b"Content-Type: application/json;charset=UTF-8"]
-    head.append(b"Content-Length: %d" % len(body))
+    lines = [b"Content-Type: application/json;charset=UTF-8\r\n", b"Content-Length: %d\r\n" % len(body)]
     if refusal.retry_after is not None:
-        head.append(b"Retry-After: %d" % refusal.retry_after)
-    return Answer(Response(Head(b"\r\n".join(head) + b"\r\n"), b"GET"), body)
+        lines.append(b"Retry-After: %d\r\n" % refusal.retry_after)
+    start_line = b"HTTP/1.1 %d %b" % (refusal.status, reason)
+    return Answer(Response(start_line, parse_fields(b"".join(lines)), b"GET"), body)
 
 
 # Backend: connections to the PVE API, whole exchanges for the worker, open responses for the relay.
@@ -886,7 +908,7 @@ class BackendConnection:
             if response.status >= 200:
                 return response
             if response.status == 101:
-                if upgrade and response.head.tokens(b"upgrade") == {b"websocket"}:
+                if upgrade and response.fields.tokens(b"upgrade") == {b"websocket"}:
                     return response
                 raise BackendError(502, "the backend's answer is malformed: a 101 that was not asked for")
             if interim < MAX_INTERIM:
@@ -901,14 +923,15 @@ class BackendConnection:
                 reader.wait(deadline)
                 reader.fill(deadline)
             self._may_be_stale = False
-            return Response(reader.head(deadline), method)
+            return Response(*reader.head(deadline), method)
         except (Refusal, Disconnected, Stalled) as error:
             raise self._failure(error) from None
 
-    def body(self, response: Response) -> Iterator[Bytes]:
-        """The answer's body, decoded, as it arrives."""
+    def body(self, response: Response, taken: int = 0) -> Iterator[Bytes]:
+        """The answer's body, decoded, as it arrives; without so many bytes that were taken from the reader."""
+        length = response.length if response.length < 0 else response.length - taken
         try:
-            yield from self.reader.body(response.length, self.deadline)
+            yield from self.reader.body(length, self.deadline)
         except (Refusal, Disconnected, Stalled) as error:
             raise self._failure(error) from None
 
@@ -944,6 +967,7 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         """Raises FlagError if the CA file is no good."""
         self.address = settings.backend
+        self.host_line = b"Host: %b\r\n" % settings.backend.authority.encode()
         self.silence = settings.request_timeout
         self._context = tls_context(settings)
         self._lock = threading.Lock()
@@ -991,9 +1015,9 @@ class Backend:
         for connection in expired:
             connection.close()
 
-    def get(self, target: str, lines: list[bytes], seconds: float, client: Client | None = None) -> Answer:
+    def get(self, target: str, fields: bytes, seconds: float, client: Client | None = None) -> Answer:
         """The whole answer to a GET, at most `seconds` from now; raises ClientGone if `client` leaves meanwhile."""
-        data = b"".join([b"GET ", target.encode(), b" HTTP/1.1\r\n", *lines, b"\r\n"])
+        data = b"GET %b HTTP/1.1\r\n%b\r\n" % (target.encode(), fields)
         connection = self.take()
         if connection:
             with contextlib.suppress(StaleConnection):
@@ -1187,9 +1211,9 @@ def newid_of(request: Request, body: bytes) -> str:
     return text if re.fullmatch("[0-9]{1,20}", text) else ""
 
 
-def user_of(head: Head) -> str:
+def user_of(fields: Fields) -> str:
     """Who a request says it is: the name of its API token, or its ticket's user; never a secret."""
-    credentials = b" ".join(head.values.get(b"authorization", []) + head.values.get(b"cookie", []))
+    credentials = b" ".join(fields.values.get(b"authorization", []) + fields.values.get(b"cookie", []))
     match = _TOKEN_NAME.search(credentials) or _TICKET_USER.search(credentials)
     return printable(urllib.parse.unquote_to_bytes(match[1])) if match else ""
 
@@ -1217,11 +1241,11 @@ class CloneJob:
     `delivered` the job is nobody's any more.
     """
 
-    def __init__(self, call: CloneCall, request: bytes, poll_lines: list[bytes], key: bytes, client: Client) -> None:
-        """`request` is what PVE gets, `poll_lines` the fields of a poll, `key` the same for equal requests."""
+    def __init__(self, call: CloneCall, request: bytes, poll_fields: bytes, key: bytes, client: Client) -> None:
+        """`request` is what PVE gets, `poll_fields` the fields of a poll, `key` the same for equal requests."""
         self.call = call
         self.request = request
-        self.poll_lines = poll_lines
+        self.poll_fields = poll_fields
         self.key = key
         self.done = threading.Event()
         self.stage = Stage.WAITING
@@ -1643,7 +1667,7 @@ class CloneQueue:
         node = urllib.parse.quote(match[1] if match else job.call.node.encode("latin-1"), safe="")
         target = f"/api2/json/nodes/{node}/tasks/{urllib.parse.quote(upid, safe='')}/status"
         try:
-            answer = self._backend.get(target, job.poll_lines, min(seconds, self._settings.request_timeout))
+            answer = self._backend.get(target, job.poll_fields, min(seconds, self._settings.request_timeout))
         except BackendError as error:
             return f"TASK POLL ERROR: {job.call}: {error.reason}", None
         data = answer.json_field("data")
@@ -1727,7 +1751,6 @@ HALF_CLOSED_SECONDS = 300.0  # silence after which a tunnel that is closed on on
 CLIENT_CHECK_SECONDS = 0.5  # between two looks at the client of a waiting clone
 MAX_CLONE_BODY = 512 * 1024  # PVE's own limit
 TUNNEL_BUFFER = 64 * 1024
-MAX_LOGIN_ANSWER = 4096
 
 _REQUEST_DROP = HOP_BY_HOP | {b"expect", b"x-forwarded-for"}
 _CLONE_DROP = _REQUEST_DROP | {b"content-length"}
@@ -1837,6 +1860,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         self.peer = plain_address(str(address)) or str(address)
         self.peer_is_local = ipaddress.ip_address(self.peer).is_loopback
         self.silence = self.server.silence
+        self.deadline = within(self.silence)
         self.responding = False
         self.unread = False
         self.answered = False
@@ -1916,14 +1940,14 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         if reader.buffer.startswith(b"\r\n"):  # RFC 9112 2.2: old clients send it behind a body
             del reader.buffer[:2]
         try:
-            head = reader.head(time.monotonic() + seconds)
+            start_line, fields = reader.head(time.monotonic() + seconds)
         except Stalled:
             raise Refusal(408, f"the request's head was not complete within {seconds:g} s") from None
         if not self.server.leave_idle(self):
             return None
         if self.crowded:
             raise Refusal(503, "too many connections", retry_after=5)
-        request = Request(head)
+        request = Request(start_line, fields)
         self.close_connection = not request.keep_alive
         return request
 
@@ -1931,37 +1955,37 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         """Answer one request. A subclass does it."""
         raise NotImplementedError
 
-    def respond(self, request: Request | None, response: Response, pieces: Iterator[Bytes], ready: bool) -> None:
-        """Send an answer, framed for this client. `ready`: the first piece is there and goes out with the head."""
-        lines = response.relayed_lines()
+    def respond(self, request: Request | None, response: Response, first: bytes, pieces: Iterable[Bytes]) -> None:
+        """Send an answer, framed for this client. What is there of its body, `first`, goes out with the head."""
+        head = response.relayed_head()
         if response.length == CHUNKED and request and request.http11:
-            lines.append(b"Transfer-Encoding: chunked\r\n")
+            head += b"Transfer-Encoding: chunked\r\n"
             pieces = chunked(pieces)
         elif response.length < 0:
             self.close_connection = True
         if self.server.draining:
             self.close_connection = True
         if self.close_connection:
-            lines.append(b"Connection: close\r\n")
+            head += b"Connection: close\r\n"
         elif request and not request.http11:
-            lines.append(b"Connection: keep-alive\r\n")
-        lines.append(b"\r\n")
-        if ready:
-            lines.append(bytes(next(pieces, b"")))
-        deadline = within(self.silence)
+            head += b"Connection: keep-alive\r\n"
+        data = b"%b\r\n%b" % (head, first)
         self.responding = True
-        data = b"".join(lines)
-        send_all(self.sock, data, deadline)
+        send_all(self.sock, data, self.deadline)
         self.sent = len(data)
         for piece in pieces:
-            send_all(self.sock, piece, deadline)
+            send_all(self.sock, piece, self.deadline)
             self.sent += len(piece)
         self.responding = False
 
     def respond_whole(self, request: Request | None, answer: Answer) -> None:
         """Send an answer that is here already."""
-        no_body = request is not None and request.method == b"HEAD"
-        self.respond(request, answer.response, iter([] if no_body or not answer.body else [answer.body]), True)
+        if request and request.method == b"HEAD":
+            self.respond(request, answer.response, b"", ())
+        elif answer.response.length == CHUNKED:
+            self.respond(request, answer.response, b"", (answer.body,) if answer.body else ())
+        else:
+            self.respond(request, answer.response, answer.body, ())
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer with an error and close; if an answer has begun already, cut it off."""
@@ -2020,25 +2044,24 @@ class ProxyHandler(ConnectionHandler):
             self.relay(request)
 
     def _forwarded_for(self, request: Request) -> str:
-        values = request.head.values.get(b"x-forwarded-for")
+        values = request.fields.values.get(b"x-forwarded-for")
         if values and self.peer_is_local:
             return plain_address(values[-1].decode("latin-1").rpartition(",")[2].strip(" \t")) or self.peer
         return self.peer
 
-    def _backend_lines(self, request: Request, drop: frozenset[bytes]) -> list[bytes]:
+    def _backend_fields(self, request: Request, drop: frozenset[bytes]) -> bytes:
         """The field lines that go to the backend."""
-        lines = request.head.end_to_end(drop)
-        if b"host" not in request.head.values:
-            lines.insert(0, b"Host: %b\r\n" % self.server.backend.address.authority.encode())
-        lines.append(b"X-Forwarded-For: %b\r\n" % self.forwarded_for.encode())
-        return lines
+        lines = b"%bX-Forwarded-For: %b\r\n" % (request.fields.end_to_end(drop), self.forwarded_for.encode())
+        if b"host" in request.fields.values:
+            return lines
+        return self.server.backend.host_line + lines
 
     # Relaying
 
     def relay(self, request: Request) -> None:
         """Send the request on and stream the answer back."""
         begin = time.monotonic()
-        upgrade = request.asks_for_websocket() if b"upgrade" in request.head.values else False
+        upgrade = b"upgrade" in request.fields.values and request.asks_for_websocket()
         try:
             connection, response = self._open(request, upgrade)
         except BackendError:
@@ -2048,8 +2071,11 @@ class ProxyHandler(ConnectionHandler):
             if response.status == 101:
                 self._tunnel(connection, response)
             else:
-                pieces = self._note_failed_login(request, response, connection.body(response))
-                self.respond(request, response, pieces, bool(connection.reader.buffer) or response.length == 0)
+                first = connection.reader.take(response.length)
+                rest = connection.body(response, len(first)) if len(first) != response.length else ()
+                if request.method == b"POST":
+                    self._note_failed_login(request, response, first)
+                self.respond(request, response, first, rest)
         except BaseException:
             connection.close()
             raise
@@ -2063,21 +2089,20 @@ class ProxyHandler(ConnectionHandler):
     def _open(self, request: Request, upgrade: bool) -> tuple[BackendConnection, Response]:
         """Send the request and read the head of its final answer. Only a safe request without a body may go out on a
         kept-alive connection, and a second time if that turns out closed."""
-        lines = [request.method, b" ", request.target, b" HTTP/1.1\r\n"]
+        fields = self._backend_fields(request, _UPGRADE_DROP if upgrade else _REQUEST_DROP)
         if upgrade:
-            lines += [*self._backend_lines(request, _UPGRADE_DROP), b"Connection: Upgrade\r\n"]
-        else:
-            lines += self._backend_lines(request, _REQUEST_DROP)
-        if request.length == CHUNKED:
-            lines.append(b"Transfer-Encoding: chunked\r\n")
-        lines.append(b"\r\n")
-        head = b"".join(lines)
+            fields += b"Connection: Upgrade\r\n"
+        elif request.length == CHUNKED:
+            fields += b"Transfer-Encoding: chunked\r\n"
+        head = b"%b %b HTTP/1.1\r\n%b\r\n" % (request.method, request.target, fields)
         backend = self.server.backend
         if request.length == 0 and request.method in SAFE_METHODS and not upgrade:
             connection = backend.take()
             if connection:
-                with contextlib.suppress(StaleConnection):
+                try:
                     return connection, self._ask(connection, request, head, upgrade)
+                except StaleConnection:
+                    pass
         connection = backend.connect()
         return connection, self._ask(connection, request, head, upgrade)
 
@@ -2094,7 +2119,7 @@ class ProxyHandler(ConnectionHandler):
             raise
 
     def _pass_on(self, interim: Response) -> None:
-        send_all(self.sock, b"".join([*interim.relayed_lines(), b"\r\n"]), within(self.silence))
+        send_all(self.sock, interim.relayed_head() + b"\r\n", self.deadline)
 
     def _upload(self, connection: BackendConnection, request: Request, head: bytes) -> None:
         """Send head and body, the body as it arrives, until the backend has answered."""
@@ -2137,45 +2162,30 @@ class ProxyHandler(ConnectionHandler):
     def _request_body(self, request: Request) -> Iterator[Bytes]:
         """The body's pieces, asked for first if the client waits to be asked."""
         if request.expects_continue and not self.reader.buffer:
-            send_all(self.sock, b"HTTP/1.1 100 Continue\r\n\r\n", within(self.silence))
-        return self.reader.body(request.length, within(self.silence))
+            send_all(self.sock, b"HTTP/1.1 100 Continue\r\n\r\n", self.deadline)
+        return self.reader.body(request.length, self.deadline)
 
-    def _note_failed_login(self, request: Request, response: Response, pieces: Iterator[Bytes]) -> Iterator[Bytes]:
+    def _note_failed_login(self, request: Request, response: Response, body: bytes) -> None:
         """Log a failed login, since PVE itself sees only this proxy there. The API says 401; to the web GUI PVE says
-        200, and 401 in the body."""
-        if request.method != b"POST":
-            return pieces
+        200, and 401 in a small body, which comes with its head."""
         parts = request.path_parts()
         if len(parts) != 4 or parts[0] != b"api2" or parts[2:] != [b"access", b"ticket"]:
-            return pieces
-        if response.status == 401:
-            self._log_failed_login(parts)
-        elif response.status == 200 and parts[1] == b"extjs":
-            return self._read_login_answer(parts, pieces)
-        return pieces
-
-    def _read_login_answer(self, parts: list[bytes], pieces: Iterator[Bytes]) -> Iterator[Bytes]:
-        seen = bytearray()
-        for piece in pieces:
-            if len(seen) <= MAX_LOGIN_ANSWER:
-                seen += piece
-            yield piece
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(seen[: MAX_LOGIN_ANSWER + 1])
-            if isinstance(content, dict) and content.get("status") == 401 and not content.get("success"):
-                self._log_failed_login(parts)
-
-    def _log_failed_login(self, parts: list[bytes]) -> None:
-        log.warning("AUTH FAILED: client=%s path=/%s", self.forwarded_for, printable(b"/".join(parts)))
+            return
+        failed = response.status == 401
+        if response.status == 200 and parts[1] == b"extjs":
+            answer = Answer(response, body)
+            failed = answer.json_field("status") == 401 and not answer.json_field("success")
+        if failed:
+            log.warning("AUTH FAILED: client=%s path=/%s", self.forwarded_for, printable(b"/".join(parts)))
 
     def _tunnel(self, connection: BackendConnection, response: Response) -> None:
         """Pass on the 101 and every byte after it."""
         self.close_connection = True
         connection.reader.unwatch()
         keep_tcp_alive(connection.sock)
-        lines = response.head.end_to_end(HOP_BY_HOP - {b"upgrade"})
-        data = [b"HTTP/1.1", response.status_line, b"\r\n", *lines, b"Connection: Upgrade\r\n\r\n"]
-        send_all(self.sock, b"".join(data), within(self.silence))
+        fields = response.fields.end_to_end(HOP_BY_HOP - {b"upgrade"})
+        head = b"HTTP/1.1%b\r\n%bConnection: Upgrade\r\n\r\n" % (response.status_line, fields)
+        send_all(self.sock, head, self.deadline)
         if self.server.begin_tunnel(self):
             Tunnel(self.reader, connection.reader).run()
 
@@ -2191,7 +2201,8 @@ class ProxyHandler(ConnectionHandler):
                 body += piece
                 if len(body) > MAX_CLONE_BODY:
                     raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
-        job = self._job(request, CloneCall(kind, node, source, newid_of(request, bytes(body)), user_of(request.head)), bytes(body))
+        call = CloneCall(kind, node, source, newid_of(request, bytes(body)), user_of(request.fields))
+        job = self._job(request, call, bytes(body))
         clones = self.server.clones
         clones.check_room(job.call, job.key)
         denied = self._check_login(job)
@@ -2211,22 +2222,20 @@ class ProxyHandler(ConnectionHandler):
             clones.leave(job, self.client)
 
     def _job(self, request: Request, call: CloneCall, body: bytes) -> CloneJob:
-        head = [b"POST ", request.target, b" HTTP/1.1\r\n", *self._backend_lines(request, _CLONE_DROP)]
-        head += [b"Content-Length: %d\r\n\r\n" % len(body), body]
-        credentials = [line for name, line in request.head.fields if name in (b"authorization", b"cookie")]
-        csrf_token = request.head.values.get(b"csrfpreventiontoken")
+        fields = b"%bContent-Length: %d\r\n" % (self._backend_fields(request, _CLONE_DROP), len(body))
+        data = b"POST %b HTTP/1.1\r\n%b\r\n%b" % (request.target, fields, body)
+        credentials = b"".join(line for name, line in request.fields.lines if name in (b"authorization", b"cookie"))
+        csrf_token = request.fields.values.get(b"csrfpreventiontoken")
         key = hashlib.sha256(repr((request.target, body, credentials, csrf_token)).encode()).digest()
-        poll_lines = [
-            b"Host: %b\r\n" % self.server.backend.address.authority.encode(),
-            *credentials,
-            b"X-Forwarded-For: %b\r\n" % self.forwarded_for.encode(),
-        ]
-        return CloneJob(call, b"".join(head), poll_lines, key, self.client)
+        poll_fields = b"%b%bX-Forwarded-For: %b\r\n" % (
+            self.server.backend.host_line, credentials, self.forwarded_for.encode(),
+        )  # fmt: skip
+        return CloneJob(call, data, poll_fields, key, self.client)
 
     def _check_login(self, job: CloneJob) -> Answer | None:
         """PVE's 401 if it does not know these credentials: strangers must not fill the queue. PVE takes 3 s to say
         so, in this handler's time."""
-        answer = self.server.backend.get("/api2/json/version", job.poll_lines, self.silence, self.client)
+        answer = self.server.backend.get("/api2/json/version", job.poll_fields, self.silence, self.client)
         return answer if answer.response.status == 401 else None
 
 
@@ -2693,12 +2702,12 @@ class StatusHandler(ConnectionHandler):
         else:
             raise Refusal(404, "there is no such page")
         body = text.encode()
-        head = (
-            f"HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Type: {kind}\r\n"
-            f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+        fields = (
+            f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
             f"Content-Security-Policy: {STATUS_POLICY}\r\n"
         )
-        self.respond_whole(request, Answer(Response(Head(head.encode()), request.method), body))
+        start_line = f"HTTP/1.1 {status} {http.client.responses[status]}".encode()
+        self.respond_whole(request, Answer(Response(start_line, Fields(fields.encode()), request.method), body))
 
 
 # main

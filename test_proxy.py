@@ -945,10 +945,9 @@ class Flags(unittest.TestCase):
                 self.assertIn(word, str(caught.exception))
 
 
-def request_of(first_line: str, *fields: str) -> program.Request:
+def request_of(first_line: str) -> program.Request:
     """A parsed request."""
-    lines = [first_line, *(fields or ("Host: pve",))]
-    return program.Request(program.Head("\r\n".join([*lines, ""]).encode("latin-1")))
+    return program.Request(first_line.encode("latin-1"), program.Fields(b"Host: pve\r\n"))
 
 
 class CloneRecognition(unittest.TestCase):
@@ -1045,8 +1044,8 @@ class Upids(unittest.TestCase):
     def test_what_is_polled(self) -> None:
         def upid_in(data: object, status: int = 200) -> str | None:
             body = json.dumps({"data": data}).encode()
-            head = program.Head(b"HTTP/1.1 %d OK\r\nContent-Length: %d\r\n" % (status, len(body)))
-            return program.upid_of(program.Answer(program.Response(head, b"POST"), body))
+            fields = program.Fields(b"Content-Length: %d\r\n" % len(body))
+            return program.upid_of(program.Answer(program.Response(b"HTTP/1.1 %d OK" % status, fields, b"POST"), body))
 
         good = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!t:"
         self.assertEqual(upid_in(good), good)
@@ -2170,7 +2169,7 @@ class PretendedClient(program.Client):
 
 def job_of(key: bytes, client: program.Client) -> program.CloneJob:
     """A job without a request."""
-    return program.CloneJob(program.CloneCall("lxc", "pve", "9000", "101", ""), b"", [], key, client)
+    return program.CloneJob(program.CloneCall("lxc", "pve", "9000", "101", ""), b"", b"", key, client)
 
 
 class Leaving(unittest.TestCase):
