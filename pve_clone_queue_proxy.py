@@ -431,6 +431,34 @@ def _what_is_wrong(block: bytes) -> str:
     return "malformed header"
 
 
+class _Turn(threading.local):
+    """One at a time of the threads that serve connections works; each keeps its turn until it waits.
+
+    Without it the interpreter's lock, which every system call gives away, would wake another thread at each of the
+    seven system calls of a relayed request: with many busy connections these hand-overs take longer than the work. A
+    thread without a turn is in nobody's way, so whatever may take long (connecting, bodies, consoles, clones) gives it
+    back first.
+    """
+
+    _lock = threading.Lock()  # shared by all threads; `held` is each thread's own
+    held = False
+
+    def take(self) -> None:
+        """Wait for the turn."""
+        if not self.held:
+            self._lock.acquire()
+            self.held = True
+
+    def give(self) -> None:
+        """Give it back, if this thread has it."""
+        if self.held:
+            self.held = False
+            self._lock.release()
+
+
+turn = _Turn()
+
+
 class MessageReader:
     """Reads messages from one non-blocking socket, plain or TLS, with bounded sizes and deadlines.
 
@@ -472,8 +500,13 @@ class MessageReader:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 raise Stalled
+            held = turn.held
+            turn.give()
+            events = self._poll.poll(min(seconds, LONGEST_POLL) * 1000)
+            if held:
+                turn.take()
             ready = False
-            for fd, _ in self._poll.poll(min(seconds, LONGEST_POLL) * 1000):
+            for fd, _ in events:
                 if fd == self._watched:
                     self._on_watched()
                 else:
@@ -538,6 +571,7 @@ class MessageReader:
 
     def body(self, length: int, deadline: Deadline) -> Iterator[Bytes]:
         """The body's decoded pieces as they arrive. A piece is valid until the next one is asked for."""
+        turn.give()
         if length == CHUNKED:
             return self._chunks(deadline)
         if length == UNTIL_CLOSE:
@@ -612,10 +646,12 @@ class MessageReader:
 def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, on_readable: Callable[[], None] | None = None) -> None:
     """Send to a non-blocking socket; the deadline starts anew with every byte taken. While the peer takes none,
     `on_readable` is called when it has sent something. Raises Disconnected and Stalled."""
-    view = memoryview(data)
-    while view:
+    while data:
         try:
-            view = view[sock.send(view) :]
+            sent = sock.send(data)
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
         except _WOULD_BLOCK:
             _wait_writable(sock, deadline(), on_readable)
         except OSError as error:
@@ -623,6 +659,7 @@ def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, on_readable: 
 
 
 def _wait_writable(sock: socket.socket, deadline: float, on_readable: Callable[[], None] | None) -> None:
+    turn.give()
     poll = select.poll()
     poll.register(sock, select.POLLOUT | (select.POLLIN if on_readable else 0))
     while (seconds := deadline - time.monotonic()) > 0:
@@ -851,6 +888,7 @@ class BackendConnection:
             if context
             else http.client.HTTPConnection(address.host, address.port, timeout=silence)
         )
+        turn.give()
         try:
             self.http.connect()
         except TimeoutError:
@@ -862,17 +900,17 @@ class BackendConnection:
         self.sock: socket.socket = self.http.sock
         self.sock.setblocking(False)
         self.reader = MessageReader(self.sock)
-        self.deadline = within(silence)
+        self.deadline = self._deadline = within(silence)
         self.reusable = True
         self.idle_since = 0.0
-        self._limit = silence
+        self._limit = self._silence = silence
         self._may_be_stale = False
 
-    def reuse(self, silence: float) -> None:
+    def reuse(self) -> None:
         """Prepare for the next request: until a byte of its answer has come, an end means that PVE had closed."""
         self._may_be_stale = True
-        self._limit = silence
-        self.deadline = within(silence)
+        self._limit = self._silence
+        self.deadline = self._deadline
 
     def limit(self, seconds: float) -> None:
         """Bound the whole exchange that begins now."""
@@ -985,7 +1023,7 @@ class Backend:
                     return None
                 connection = self._idle.pop()
             if time.monotonic() - connection.idle_since < POOL_SECONDS and not connection.reader.readable():
-                connection.reuse(self.silence)
+                connection.reuse()
                 return connection
             connection.close()
 
@@ -1926,6 +1964,8 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("unexpected failure in a request of %s", self.peer)
             self.refuse(Refusal(500, "unexpected failure in the proxy"))
+        finally:
+            turn.give()
 
     def read_request(self) -> Request | None:
         """The next request, its body not read yet; None if there is none."""
@@ -1934,6 +1974,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         try:
             if not reader.buffer:
                 reader.wait(time.monotonic() + (IDLE_SECONDS if self.answered else seconds))
+                turn.take()
                 reader.fill_now()
         except (Stalled, Disconnected):
             return None
@@ -2006,6 +2047,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
     def linger(self) -> None:
         """Let a client that is still sending read its answer: closing at once would destroy it by a RST (RFC 9112
         9.6). What arrives is dropped, undecrypted."""
+        turn.give()
         self.close_connection = True
         deadline = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError, Stalled):
@@ -2039,6 +2081,7 @@ class ProxyHandler(ConnectionHandler):
         self.forwarded_for = self._forwarded_for(request)
         call = clone_call(request, self.server.settings.qemu)
         if call:
+            turn.give()
             self.clone(request, *call)
         else:
             self.relay(request)
@@ -2186,6 +2229,7 @@ class ProxyHandler(ConnectionHandler):
         fields = response.fields.end_to_end(HOP_BY_HOP - {b"upgrade"})
         head = b"HTTP/1.1%b\r\n%bConnection: Upgrade\r\n\r\n" % (response.status_line, fields)
         send_all(self.sock, head, self.deadline)
+        turn.give()
         if self.server.begin_tunnel(self):
             Tunnel(self.reader, connection.reader).run()
 
@@ -2685,6 +2729,7 @@ class StatusHandler(ConnectionHandler):
 
     def answer(self, request: Request) -> None:
         """Answer a GET or HEAD."""
+        turn.give()
         if request.method not in (b"GET", b"HEAD") or request.length:
             raise Refusal(405, "only GET is offered here")
         path = request.target.partition(b"?")[0]
