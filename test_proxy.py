@@ -30,6 +30,7 @@ import re
 import signal
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -167,6 +168,7 @@ class Task:
     leaves_behind: bool
     begin: float
     end: float = 0.0
+    seconds: float = 0.0  # how long its process lived
 
 
 @dataclasses.dataclass
@@ -300,7 +302,12 @@ class FakePVE:
             task = Task(record.upid, record.source, newid, process, status, bool(_ + behind), time.monotonic())
             self.tasks[record.upid] = task
             self.most_at_once = max(self.most_at_once, len(running) + 1)
-        threading.Thread(target=process.wait, daemon=True).start()  # no zombie stays
+
+        def reap() -> None:  # no zombie stays
+            process.wait()
+            task.seconds = time.monotonic() - task.begin
+
+        threading.Thread(target=reap, daemon=True).start()
         return 200, "OK", record.upid
 
     def wait_for_clones(self, count: int) -> None:
@@ -2141,7 +2148,7 @@ class PveFaults(unittest.TestCase):
             for index in range(2):
                 client = PretendedClient()
                 job = clones.admit(job_of(b"%d" % index, client))
-                self.assertTrue(job.done.wait(LONG))
+                self.assertTrue(client.event.wait(LONG))
                 answer = clones.collect(job, client)
                 assert answer
                 self.assertEqual(answer.response.status, 500)
@@ -2160,6 +2167,7 @@ class PretendedClient(program.Client):
     """A client that is there until it is said to have left."""
 
     def __init__(self) -> None:
+        self.event = threading.Event()
         self.left = False
 
     def gone(self) -> bool:
@@ -2303,10 +2311,10 @@ class Leaving(unittest.TestCase):
         clones._claim(clones._next())
         clones.leave(job, client)
         clones._finish(job, program.Ended(program.error_answer(program.Refusal(500, "x")), "failed"))
-        clones.prune()
+        clones.look_around()
         self.assertIs(clones._abandoned_twin(b"x"), job)
         job.ended_at -= program.KEEP_SECONDS + 1
-        clones.prune()
+        clones.look_around()
         self.assertIsNone(clones._abandoned_twin(b"x"))
         self.assertEqual((clones._by_key, clones._kept), ({}, {}))
 
@@ -2889,6 +2897,160 @@ def soak(seconds: float) -> int:
     return 1 if total["problems"] else 0
 
 
+# How fast it is
+
+
+BENCH_ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 120\r\n\r\n{"data":"' + b"x" * 109 + b'"}'
+
+
+def bench_backend() -> None:
+    """A TLS backend that does as little as it can, in a process of its own; prints its port. A GET gets a small answer,
+    `/N` with a number gets N bytes, and the body of a PUT is read and dropped."""
+    context = server_context()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    print(listener.getsockname()[1], flush=True)
+    piece = bytes(1 << 18)
+
+    def serve(sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError, EOFError), context.wrap_socket(sock, server_side=True) as tls:
+            while data := tls.recv(65536):
+                if data.startswith(b"PUT"):
+                    head, _, rest = data.partition(b"\r\n\r\n")
+                    left = int(re.findall(rb"Content-Length: (\d+)", head)[0]) - len(rest)
+                    space = bytearray(1 << 18)
+                    while left > 0:
+                        left -= tls.recv_into(space) or left
+                    tls.sendall(BENCH_ANSWER)
+                elif match := re.match(rb"GET /(\d+)", data):
+                    left = int(match[1])
+                    tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % left)
+                    while left:
+                        left -= tls.send(piece[:left])
+                else:
+                    tls.sendall(BENCH_ANSWER)
+
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+
+def bench_load(port: int, tls: bool, connections: int, seconds: float) -> tuple[float, float]:
+    """Small requests a second over so many connections, and their median latency in microseconds."""
+    latencies: list[float] = []
+
+    def one(_: int) -> int:
+        count, end = 0, time.monotonic() + seconds
+        with Wire.to(port, tls) as wire:
+            wire.sock.settimeout(None)
+            begin = time.perf_counter()
+            while time.monotonic() < end:
+                wire.sock.sendall(b"GET /api2/json/version HTTP/1.1\r\nHost: pve\r\nAuthorization: x\r\n\r\n")
+                length, data = 0, b""
+                while length < 120 or not data.endswith(b'"}'):
+                    data = wire.sock.recv(4096)
+                    length += len(data)
+                count += 1
+                now = time.perf_counter()
+                latencies.append(now - begin)
+                begin = now
+        return count
+
+    return sum(at_once(connections, one)) / seconds, statistics.median(latencies) * 1e6
+
+
+def bench_bulk(port: int, tls: bool, upload: bool, size: int = 1 << 30) -> float:
+    """MB a second of one large body."""
+    with Wire.to(port, tls) as wire:
+        begin = time.perf_counter()
+        if upload:
+            wire.send(b"PUT / HTTP/1.1\r\nHost: pve\r\nContent-Length: %d\r\n\r\n" % size)
+            piece = bytes(1 << 18)
+            for _ in range(size >> 18):
+                wire.send(piece)
+            wire.message()
+        else:
+            wire.send(b"GET /%d HTTP/1.1\r\nHost: pve\r\n\r\n" % size)
+            wire.head()
+            left, space = size - len(wire.buffer), bytearray(1 << 18)
+            while left:
+                left -= wire.sock.recv_into(space)
+        return size / 1e6 / (time.perf_counter() - begin)
+
+
+def bench_clones() -> None:
+    """The makespan of eight concurrent clones over the sum of their durations."""
+    print("Eight concurrent clones of one template, their makespan over the sum of their durations:\n")
+    print("| clone takes | task here | polls a clone | task elsewhere | polls a clone |")
+    print("| ----------: | --------: | ------------: | -------------: | ------------: |")
+    for seconds in (0.3, 0.8, 2.3):
+        row = f"| {seconds:9} s |"
+        for remote in (False, True):
+            with FakePVE(clone_seconds=seconds) as pve, Proxy(pve.url) as proxy:
+                pve.remote = remote
+                begin = time.monotonic()
+                statuses = [answer.status for answer in at_once(8, functools.partial(lambda proxy, i: proxy.clone(200 + i), proxy))]
+                ratio = (time.monotonic() - begin) / sum(task.seconds for task in pve.tasks.values())
+                assert statuses == [200] * 8, statuses
+                row += f" {ratio:{'9' if not remote else '14'}.3f} | {pve.polls / 8:13.1f} |"
+        print(row, flush=True)
+
+
+def bench_memory() -> None:
+    """What it needs when idle, with many waiting, and afterwards."""
+    with FakePVE(clone_seconds=30) as pve, Proxy(pve.url) as proxy:
+        proxy.get("/")
+        idle = proxy.memory()
+        wires = bring(proxy, *(clone_request(200 + index) for index in range(101)))
+        for _ in range(200):
+            wires += bring(proxy, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            wires[-1].message()
+        proxy.wait_log("CLONE QUEUED", 101)
+        busy = proxy.memory()
+
+        def cpu() -> int:
+            with open(f"/proc/{proxy.process.pid}/stat") as file:
+                return sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+
+        before = cpu()
+        time.sleep(10)
+        load = (cpu() - before) / os.sysconf("SC_CLK_TCK") / 10
+        for wire in wires:
+            wire.close()
+        wait_until(lambda: proxy.threads() < 10, "the connections to end")
+        print(f"\nMemory: idle {idle / 1024:.1f} MB; 100 clones waiting and 200 idle clients {busy / 1024:.1f} MB, "
+              f"{load:.2%} of a core; afterwards {proxy.memory() / 1024:.1f} MB")  # fmt: skip
+
+
+def bench() -> int:
+    """Measure the program against going direct; the exit status."""
+    version = sys.version.split()[0]
+    print(f"{time.strftime('%Y-%m-%d')}, Python {version}, {os.cpu_count()} cores, version {program.VERSION}\n")
+    bench_clones()
+    with subprocess.Popen([sys.executable, __file__, "bench-backend"], stdout=subprocess.PIPE, text=True) as backend:
+        assert backend.stdout
+        port = int(backend.stdout.readline())
+        with Proxy(f"https://127.0.0.1:{port}") as proxy:
+            print("\nRelaying, direct and through the proxy:\n")
+            print("| connections | direct req/s | median | proxy req/s | median |")
+            print("| ----------: | -----------: | -----: | ----------: | -----: |")
+            bounded = []
+            for connections in (1, 8, 64):
+                direct, direct_latency = bench_load(port, True, connections, 2)
+                rate, latency = bench_load(proxy.port, False, connections, 2)
+                if direct < 2 * rate:
+                    bounded.append(str(connections))
+                print(f"| {connections:11} | {direct:12,.0f} | {direct_latency:3,.0f} µs | {rate:11,.0f} | {latency:3,.0f} µs |", flush=True)
+            if bounded:
+                print(f"\nAt {', '.join(bounded)} connections the figures are bounded by this load generator (or its backend).")
+            for upload in (False, True):
+                direct, through = bench_bulk(port, True, upload), bench_bulk(proxy.port, False, upload)
+                print(f"{'Upload' if upload else 'Download'} of 1 GiB: direct {direct:,.0f} MB/s, proxy {through:,.0f} MB/s, "
+                      f"its peak memory {proxy.memory('VmHWM') / 1024:.1f} MB")  # fmt: skip
+        backend.terminate()
+    bench_memory()
+    return 0
+
+
 # The demo, and the simulated PVE by hand
 
 
@@ -2974,6 +3136,10 @@ def main(arguments: list[str]) -> int:
         return demo()
     if mode == "fake-pve":
         return fake_pve(int(arguments[1]) if len(arguments) > 1 else 8006)
+    if mode == "bench":
+        return bench()
+    if mode == "bench-backend":
+        bench_backend()
     if mode == "soak":
         return soak(float(arguments[1]) if len(arguments) > 1 else 60)
     unittest.main(module=sys.modules["__main__"])
