@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
 import enum
 import errno
 import functools
@@ -54,7 +53,7 @@ import time
 import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 VERSION = "2.0.0"
 PROGRAM = "pve-clone-queue-proxy"
@@ -132,8 +131,7 @@ def parse_address(text: str) -> tuple[str, int]:
     return match[1].strip("[]"), _port(match[2])
 
 
-@dataclasses.dataclass(frozen=True)
-class BackendAddress:
+class BackendAddress(NamedTuple):
     """Where the PVE API listens; `str()` gives its URL."""
 
     scheme: str
@@ -158,32 +156,44 @@ def parse_backend(text: str) -> BackendAddress:
     return BackendAddress(scheme, host.strip("[]"), _port(port or {"http": "80", "https": "443"}[scheme]))
 
 
-def _flag(default: Any, parse: Callable[[str], Any], text: str) -> Any:
-    """A field of Settings that the flag of the same name sets."""
-    return dataclasses.field(default=default, metadata={"parse": parse, "text": text})
+class Settings(NamedTuple):
+    """What the flags say, durations in seconds. FLAGS tells what each of them means."""
+
+    listen: tuple[str, int] = ("", 8081)
+    backend: BackendAddress = BackendAddress("https", "127.0.0.1", 8006)
+    insecure: bool = True
+    ca: str = ""
+    poll_delay: float = 0.5
+    task_timeout: float = 300.0
+    request_timeout: float = 30.0
+    lock_timeout: float = 300.0
+    queue_size: int = 100
+    answer: str = "complete"
+    qemu: bool = False
+    tls_cert: str = ""
+    tls_key: str = ""
+    status_listen: tuple[str, int] | None = None
+    verbose: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the flags say: a field each, durations in seconds."""
-
-    listen: tuple[str, int] = _flag(("", 8081), parse_address, "address to listen on: HOST:PORT or :PORT")
-    backend: BackendAddress = _flag(
-        BackendAddress("https", "127.0.0.1", 8006), parse_backend, "the PVE API, http(s)://HOST[:PORT]"
-    )
-    insecure: bool = _flag(True, parse_bool, "do not verify the backend's certificate")
-    ca: str = _flag("", str, "PEM file to verify the backend's certificate with (-insecure=false)")
-    poll_delay: float = _flag(0.5, parse_duration, "longest delay between task status polls")
-    task_timeout: float = _flag(300.0, parse_timeout, "longest time a client waits for its started clone")
-    request_timeout: float = _flag(30.0, parse_timeout, "longest silence of the backend in one request")
-    lock_timeout: float = _flag(300.0, parse_duration, "how long to retry when PVE says that the source is locked")
-    queue_size: int = _flag(100, parse_count, "how many clones may wait")
-    answer: str = _flag("complete", parse_answer, "when a clone is answered: complete, or as soon as it has started")
-    qemu: bool = _flag(False, parse_bool, "queue clones of VMs too")
-    tls_cert: str = _flag("", str, "listen with TLS: PEM file of the certificate chain")
-    tls_key: str = _flag("", str, "listen with TLS: PEM file of the private key")
-    status_listen: tuple[str, int] | None = _flag(None, parse_address, "address of the status page and metrics")
-    verbose: bool = _flag(False, parse_bool, "also log every relayed request")
+# How each flag's value is read, and its line in -help. (A NamedTuple, since dataclasses takes 1 MB of memory.)
+FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "listen": (parse_address, "address to listen on: HOST:PORT or :PORT"),
+    "backend": (parse_backend, "the PVE API, http(s)://HOST[:PORT]"),
+    "insecure": (parse_bool, "do not verify the backend's certificate"),
+    "ca": (str, "PEM file to verify the backend's certificate with (-insecure=false)"),
+    "poll-delay": (parse_duration, "longest delay between task status polls"),
+    "task-timeout": (parse_timeout, "longest time a client waits for its started clone"),
+    "request-timeout": (parse_timeout, "longest silence of the backend in one request"),
+    "lock-timeout": (parse_duration, "how long to retry when PVE says that the source is locked"),
+    "queue-size": (parse_count, "how many clones may wait"),
+    "answer": (parse_answer, "when a clone is answered: complete, or as soon as it has started"),
+    "qemu": (parse_bool, "queue clones of VMs too"),
+    "tls-cert": (str, "listen with TLS: PEM file of the certificate chain"),
+    "tls-key": (str, "listen with TLS: PEM file of the private key"),
+    "status-listen": (parse_address, "address of the status page and metrics"),
+    "verbose": (parse_bool, "also log every relayed request"),
+}
 
 
 def _default_text(value: Any) -> str:
@@ -191,7 +201,7 @@ def _default_text(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not isinstance(value, BackendAddress):
         return f"{value[0]}:{value[1]}"
     if isinstance(value, float):
         return f"{value / 60:g}m" if value >= 60 else f"{value:g}s" if value >= 1 else f"{value * 1000:g}ms"
@@ -201,10 +211,9 @@ def _default_text(value: Any) -> str:
 def usage() -> str:
     """The text of -help, in the shape that Go's flag package gives it."""
     lines = [f"Usage of {PROGRAM}:"]
-    for field in dataclasses.fields(Settings):
-        default = _default_text(field.default)
-        lines.append(f"  -{field.name.replace('_', '-')}")
-        lines.append(f"    \t{field.metadata['text']}" + (f" (default {default})" if default else ""))
+    for name, (_, text) in FLAGS.items():
+        default = _default_text(Settings._field_defaults[name.replace("-", "_")])
+        lines += [f"  -{name}", f"    \t{text}" + (f" (default {default})" if default else "")]
     lines += ["  -version", "    \tprint the version and exit", "  -help", "    \tprint this text and exit"]
     return "\n".join(lines)
 
@@ -212,7 +221,6 @@ def usage() -> str:
 def parse_flags(arguments: list[str]) -> Settings:
     """Settings of a command line in Go's syntax: `-flag value`, `-flag=value`, one dash or two; a bool's value only
     after `=`. Raises FlagError."""
-    fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(Settings)}
     values: dict[str, Any] = {}
     rest = deque(arguments)
     while rest:
@@ -221,9 +229,9 @@ def parse_flags(arguments: list[str]) -> Settings:
         if not match:
             raise FlagError(f"unexpected argument {argument!r}")
         name, value = match.groups()
-        if name not in fields:
+        if name not in FLAGS:
             raise FlagError(f"unknown flag -{name}")
-        parse = fields[name].metadata["parse"]
+        parse, _ = FLAGS[name]
         if value is None and parse is parse_bool:
             value = "true"
         if value is None:
@@ -231,7 +239,7 @@ def parse_flags(arguments: list[str]) -> Settings:
                 raise FlagError(f"flag -{name} needs a value")
             value = rest.popleft()
         try:
-            values[fields[name].name] = parse(value)
+            values[name.replace("-", "_")] = parse(value)
         except ValueError as error:
             raise FlagError(f"invalid value {value!r} for flag -{name}: {error}") from None
     settings = Settings(**values)
@@ -598,7 +606,7 @@ class MessageReader:
         if self._pending is None:
             return count
         with contextlib.suppress(*_WOULD_BLOCK, OSError):  # an error or the end will be met again
-            while 0 < len(space) - count and (more := self.sock.recv_into(space[count : count + RECEIVE_SIZE])):
+            while len(space) - count > 0 and (more := self.sock.recv_into(space[count : count + RECEIVE_SIZE])):
                 count += more
         return count
 
@@ -787,8 +795,7 @@ class Response:
         return b"HTTP/1.1%b\r\n%b" % (self.status_line, self.fields.end_to_end(drop))
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A whole response that is small enough to be kept."""
 
     response: Response
@@ -1214,8 +1221,7 @@ class LocalProcess:
         os.close(self._pidfd)
 
 
-@dataclasses.dataclass(frozen=True)
-class CloneCall:
+class CloneCall(NamedTuple):
     """What the log and the locks need to know of a clone request, as PVE reads it."""
 
     kind: str
@@ -1316,7 +1322,7 @@ class CloneJob:
         now = self.ended_at or time.monotonic()
         started = self.first_started_at or now
         return {
-            **dataclasses.asdict(self.call),
+            **self.call._asdict(),
             "vmid": self.call.source,
             "stage": self.stage.value,
             "outcome": self.outcome,
@@ -1335,16 +1341,14 @@ def _shutting_down() -> Refusal:
     return Refusal(503, "the clone queue is shutting down; the clone was not started", retry_after=5)
 
 
-@dataclasses.dataclass(frozen=True)
-class Locked:
+class Locked(NamedTuple):
     """A try that failed since somebody else holds a lock: PVE's answer to it, and PVE's text."""
 
     answer: Answer
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """How a try ended: the answer for its client, and the outcome for the record."""
 
     answer: Answer

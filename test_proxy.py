@@ -3039,7 +3039,8 @@ def bench() -> int:
                 rate, latency = bench_load(proxy.port, False, connections, 2)
                 if direct < 2 * rate:
                     bounded.append(str(connections))
-                print(f"| {connections:11} | {direct:12,.0f} | {direct_latency:3,.0f} µs | {rate:11,.0f} | {latency:3,.0f} µs |", flush=True)
+                row = f"| {connections:11} | {direct:12,.0f} | {direct_latency:3,.0f} µs | {rate:11,.0f} | {latency:3,.0f} µs |"
+                print(row, flush=True)
             if bounded:
                 print(f"\nAt {', '.join(bounded)} connections the figures are bounded by this load generator (or its backend).")
             for upload in (False, True):
