@@ -2656,12 +2656,12 @@ const make = (name, text) => { const e = document.createElement(name); e.textCon
 const label = j => j.node + '/' + j.vmid + (j.newid ? ' \\u2192 ' + j.newid : '') + (j.kind == 'qemu' ? ' (VM)' : '');
 const set = (id, text) => { if ($(id).textContent != text) $(id).textContent = text; };
 function picture(jobs) {
-  const width = 800, row = 9, left = 34, height = Math.max(jobs.length, 1) * row;
+  const width = Math.max(260, $('chart').clientWidth - 34), row = 9, left = 34, height = Math.max(jobs.length, 1) * row;
   const longest = Math.max(1, ...jobs.map(j => j.waited_seconds + j.clone_seconds));
   const scale = (width - left - 8) / longest, out = [];
   const add = (name, attributes, parent) => { const e = document.createElementNS(SVG, name);
     for (const a in attributes) e.setAttribute(a, attributes[a]); (parent ? parent.append(e) : out.push(e)); return e; };
-  const step = [1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600].find(s => longest / s <= 8) || longest / 4;
+  const step = [1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600].find(s => longest / s <= width / 80) || longest / 4;
   for (let t = 0; t <= longest; t += step) {
     add('line', {x1: left + t * scale, x2: left + t * scale, y1: 0, y2: height, stroke: 'var(--line)'});
     add('text', {x: left + t * scale, y: height + 13, 'text-anchor': 'middle'}).textContent =
@@ -2714,7 +2714,7 @@ STATUS_PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <section><h2>Waiting</h2><div id="nobody" class="faint">Nobody waits.</div><div class="scroll"><table id="waitingtable"
 hidden><thead><tr><th>#</th><th>clone</th><th>for</th><th></th><th>user</th></tr></thead><tbody id="queue"></tbody>
 </table></div></section>
-<section><h2>The last {HISTORY} clones</h2><div id="nothing" class="faint">None yet.</div>
+<section id="chart"><h2>The last {HISTORY} clones</h2><div id="nothing" class="faint">None yet.</div>
 <svg id="picture" role="img" aria-label="A bar for each clone: grey while it waited, coloured while it ran"></svg>
 <div class="key"><span><i style="background:var(--wait)"></i>waited</span>
 <span><i style="background:var(--running)"></i>running</span>

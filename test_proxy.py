@@ -48,6 +48,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "pve_clone_queue_proxy.py")
 TOKEN = "PVEAPIToken=root@pam!t=secret"
 LONG = 20.0  # seconds after which a test gives up waiting
+PARALLEL = 6  # test classes at a time
 
 # Certificates for loopback made for these tests alone. "old": as PVE's CA and leaf were made years ago, without keyUsage
 # and authorityKeyIdentifier; "new": as they are made now.
@@ -1910,6 +1911,7 @@ class Cloning(unittest.TestCase):
         with FakePVE() as pve, Proxy(pve.url) as proxy:
             pve.exits.extend(["WARNINGS: 2", "clone failed: disk full", "OK"])
             self.assertEqual([proxy.clone(201 + index).status for index in range(3)], [200] * 3)
+            proxy.wait_log("CLONE COMPLETE", 2)
             self.assertEqual(len(proxy.lines("CLONE COMPLETE")), 2)
             proxy.wait_log(r"TASK FINISHED: status=stopped exitstatus=clone failed: disk full node=pve vmid=9000")
 
@@ -3130,6 +3132,27 @@ A clone straight to it, and one through the proxy (python3 pve_clone_queue_proxy
     return 0
 
 
+def run_all() -> int:
+    """Run all tests, each class in a process of its own and several at a time, since they mostly wait."""
+    begin = time.monotonic()
+    classes = [cls.__name__ for cls in unittest.TestCase.__subclasses__() if cls.__module__ == "__main__"]
+    ran = failed = 0
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    with concurrent.futures.ThreadPoolExecutor(PARALLEL) as pool:
+        for name, result in zip(classes, pool.map(run, classes), strict=True):
+            count = re.search(r"^Ran (\d+) tests? in (.*)$", result.stderr, re.MULTILINE)
+            ran += int(count[1]) if count else 0
+            failed += result.returncode != 0
+            print(f"{'FAILED' if result.returncode else 'ok':6} {name}: {count[0] if count else 'did not run'}", flush=True)
+            if result.returncode:
+                print(result.stdout + result.stderr, flush=True)
+    print(f"\nRan {ran} tests in {time.monotonic() - begin:.1f} s: {f'{failed} classes FAILED' if failed else 'OK'}")
+    return 1 if failed or not ran else 0
+
+
 def main(arguments: list[str]) -> int:
     """Run what the command line asks for."""
     mode = arguments[0] if arguments else ""
@@ -3143,6 +3166,8 @@ def main(arguments: list[str]) -> int:
         bench_backend()
     if mode == "soak":
         return soak(float(arguments[1]) if len(arguments) > 1 else 60)
+    if not arguments:
+        return run_all()
     unittest.main(module=sys.modules["__main__"])
     return 0
 
