@@ -781,6 +781,7 @@ def by_path(answers: list[bytes]) -> ScriptedBackend:
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
 class Proxy:
@@ -1314,8 +1315,10 @@ class BackendConnections(unittest.TestCase):
 
     def test_safe_requests_share_a_connection_and_others_do_not(self) -> None:
         with answering(OK) as backend, Proxy(backend.url) as proxy:
-            for _ in range(5):
-                proxy.get("/")
+            with proxy.wire() as wire:  # on one connection: its thread has given the backend's back when it reads on
+                for _ in range(5):
+                    wire.send(GET)
+                    self.assertEqual(wire.message().status, 200)
             self.assertEqual(backend.connections, 1)
             for _ in range(3):
                 proxy.ask(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx")
@@ -1333,23 +1336,25 @@ class BackendConnections(unittest.TestCase):
                 release.set()
                 wire.reset()
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
-            self.assertEqual(proxy.get("/").status, 200)
-            self.assertEqual(proxy.get("/").status, 200)
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            for _ in range(2):
+                wire.send(GET)
+                self.assertEqual(wire.message().status, 200)
+            self.assertTrue(release.is_set())
             self.assertEqual(backend.connections, 2)
 
     def test_not_used_again(self) -> None:
         post = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
-        get = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
         for what, request, answer in [
             ("carried a chunked request", post, OK),
-            ("has a byte beyond its answer", get, OK + b"H"),
-            ("answered with close", get, OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")),
-            ("answered in HTTP/1.0", get, OK.replace(b"1.1", b"1.0")),
+            ("has a byte beyond its answer", GET, OK + b"H"),
+            ("answered with close", GET, OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")),
+            ("answered in HTTP/1.0", GET, OK.replace(b"1.1", b"1.0")),
         ]:
-            with self.subTest(what), answering(answer, OK) as backend, Proxy(backend.url) as proxy:
-                self.assertEqual(proxy.ask(request).status, 200)
-                self.assertEqual(proxy.get("/").body, b"ok")
+            with self.subTest(what), answering(answer, OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+                for each in (request, GET):
+                    wire.send(each)
+                    self.assertEqual(wire.message().body, b"ok")
                 self.assertEqual(backend.connections, 2)
 
     def test_bytes_that_follow_later_spoil_no_other_answer(self) -> None:
@@ -1363,10 +1368,12 @@ class BackendConnections(unittest.TestCase):
                 sent.set()
                 wire.more()
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
-            proxy.get("/")
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(GET)
+            wire.message()
             self.assertTrue(sent.wait(LONG))
-            self.assertEqual(proxy.get("/").body, b"ok")
+            wire.send(GET)
+            self.assertEqual(wire.message().body, b"ok")
 
 
 BAD_REQUESTS: list[tuple[str, bytes, int]] = [
