@@ -295,6 +295,8 @@ _UNFRAMED_DROP = HOP_BY_HOP | {b"content-length"}
 PROTECTED = frozenset(
     b"host content-length content-type authorization cookie set-cookie csrfpreventiontoken upgrade".split()
 )
+# What a field with `_` in its name can't stand for.
+_AMBIGUOUS = HOP_BY_HOP | PROTECTED | {b"expect", b"x-forwarded-for"}
 
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -325,6 +327,16 @@ class Stalled(Exception):
     """The peer did not send or take a byte before the deadline."""
 
 
+class SendWatch(NamedTuple):
+    """What may happen while a peer takes no bytes: it has sent some itself, or `events` of another descriptor. The
+    functions may raise to end the wait."""
+
+    on_readable: Callable[[], None]
+    fd: int
+    events: int
+    on_events: Callable[[], None]
+
+
 def within(seconds: float) -> Deadline:
     """A deadline that starts anew each time it is asked for: a limit on silence."""
     return lambda: time.monotonic() + seconds
@@ -337,6 +349,11 @@ def printable(text: bytes | str, limit: int = 300) -> str:
     return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:limit])
 
 
+def field_text(text: str) -> str:
+    """The same for a value within a line, without blanks."""
+    return printable(text).replace(" ", "\\x20")
+
+
 class Fields:
     """A head's field lines in their order, checked. Never changed, since equal ones are parsed but once: a client mostly
     sends the same fields again and again, and so does PVE.
@@ -344,7 +361,7 @@ class Fields:
     `lines` holds each field's lower-case name and its whole line as it came; `values` holds each name's values.
     """
 
-    __slots__ = ("_end_to_end", "lines", "values")
+    __slots__ = ("_end_to_end", "ambiguous", "lines", "values")
 
     def __init__(self, block: bytes) -> None:
         """Parse field lines, each ended by CRLF. Raises Refusal (400 or 431)."""
@@ -358,6 +375,8 @@ class Fields:
             name = field_name.lower()
             self.lines.append((name, line))
             self.values.setdefault(name, []).append(value.strip(b" \t"))
+        # PVE's parser takes `_` for `-`, so these would be second fields of that name to it and another one to us.
+        self.ambiguous = any(b"_" in name and name.replace(b"_", b"-") in _AMBIGUOUS for name in self.values)
         self._end_to_end: dict[frozenset[bytes], bytes] = {}
 
     def one(self, name: bytes) -> bytes | None:
@@ -521,9 +540,13 @@ class MessageReader:
             if ready:
                 return
 
+    def holds_more(self) -> bool:
+        """Whether bytes have been received that nobody has asked for; TLS may hold some too."""
+        return bool(self.buffer) or (self._pending is not None and self._pending() > 0)
+
     def readable(self) -> bool:
         """Whether a byte, the end or an error is there already."""
-        return bool(self.buffer) or bool(self._poll.poll(0))
+        return self.holds_more() or bool(self._poll.poll(0))
 
     def fill_now(self) -> bool:
         """Add what is there to `buffer` without waiting; False if nothing is (a TLS ticket, say). Raises Disconnected
@@ -579,11 +602,15 @@ class MessageReader:
     def body(self, length: int, deadline: Deadline) -> Iterator[Bytes]:
         """The body's decoded pieces as they arrive. A piece is valid until the next one is asked for."""
         turn.give()
-        if length == CHUNKED:
-            return self._chunks(deadline)
-        if length == UNTIL_CLOSE:
-            return self._until_close(deadline)
-        return self._exactly(length, deadline)
+        try:
+            if length == CHUNKED:
+                yield from self._chunks(deadline)
+            elif length == UNTIL_CLOSE:
+                yield from self._until_close(deadline)
+            else:
+                yield from self._exactly(length, deadline)
+        finally:
+            self._space = None
 
     def _receive(self, size: int, deadline: Deadline) -> memoryview:
         if self._space is None:
@@ -659,9 +686,9 @@ class MessageReader:
         return line
 
 
-def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, on_readable: Callable[[], None] | None = None) -> None:
-    """Send to a non-blocking socket; the deadline starts anew with every byte taken. While the peer takes none,
-    `on_readable` is called when it has sent something. Raises Disconnected and Stalled."""
+def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, watch: SendWatch | None = None) -> None:
+    """Send to a non-blocking socket; the deadline starts anew with every byte taken. `watch` is looked after while the
+    peer takes none. Raises Disconnected and Stalled."""
     while data:
         try:
             sent = sock.send(data)
@@ -669,20 +696,24 @@ def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, on_readable: 
                 return
             data = memoryview(data)[sent:]
         except _WOULD_BLOCK:
-            _wait_writable(sock, deadline(), on_readable)
+            _wait_writable(sock, deadline(), watch)
         except OSError as error:
             raise Disconnected(str(error)) from None
 
 
-def _wait_writable(sock: socket.socket, deadline: float, on_readable: Callable[[], None] | None) -> None:
+def _wait_writable(sock: socket.socket, deadline: float, watch: SendWatch | None) -> None:
     turn.give()
     poll = select.poll()
-    poll.register(sock, select.POLLOUT | (select.POLLIN if on_readable else 0))
+    poll.register(sock, select.POLLOUT | (select.POLLIN if watch else 0))
+    if watch:
+        poll.register(watch.fd, watch.events)
     while (seconds := deadline - time.monotonic()) > 0:
-        for _, events in poll.poll(min(seconds, LONGEST_POLL) * 1000):
-            if on_readable and events & select.POLLIN:
-                on_readable()
-            if events & ~select.POLLIN:
+        for fd, events in poll.poll(min(seconds, LONGEST_POLL) * 1000):
+            if watch and fd == watch.fd:
+                watch.on_events()
+            elif watch and events & select.POLLIN:
+                watch.on_readable()
+            if fd != (watch and watch.fd) and events & ~select.POLLIN:
                 return
     raise Stalled
 
@@ -707,6 +738,8 @@ class Request:
         self.method, target, major, minor = match.groups()
         if major != b"1":
             raise Refusal(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        if fields.ambiguous:
+            raise Refusal(400, "a field name with _ that can be taken for one with -")
         self.fields = fields
         self.http11 = minor != b"0"
         self.target = _origin_form(self.method, target)
@@ -722,8 +755,9 @@ class Request:
         self.keep_alive = fields.keep_alive(self.http11)
 
     def path_parts(self) -> list[bytes]:
-        """The path as PVE reads it: percent-decoded, then split on `/`, empty parts dropped."""
-        path = urllib.parse.unquote_to_bytes(self.target.partition(b"?")[0])
+        """The path as PVE reads it: percent-decoded, then split on `/`, empty parts dropped. Line feeds at its end are
+        left out, since `$` in Perl's regular expressions does not mind one."""
+        path = urllib.parse.unquote_to_bytes(self.target.partition(b"?")[0]).rstrip(b"\n")
         return [part for part in path.split(b"/") if part]
 
     def asks_for_websocket(self) -> bool:
@@ -898,19 +932,21 @@ class BackendConnection:
     relayed request to build and check what has been checked already. Every failure is a BackendError.
     """
 
-    def __init__(self, address: BackendAddress, context: ssl.SSLContext | None, silence: float) -> None:
-        """Connect, at most `silence` seconds for each address. Raises Unreachable."""
+    def __init__(
+        self, address: BackendAddress, context: ssl.SSLContext | None, silence: float, connect_seconds: float
+    ) -> None:
+        """Connect, at most `connect_seconds` for each address. Raises Unreachable."""
         self.http = (
-            http.client.HTTPSConnection(address.host, address.port, timeout=silence, context=context)
+            http.client.HTTPSConnection(address.host, address.port, timeout=connect_seconds, context=context)
             if context
-            else http.client.HTTPConnection(address.host, address.port, timeout=silence)
+            else http.client.HTTPConnection(address.host, address.port, timeout=connect_seconds)
         )
         turn.give()
         try:
             self.http.connect()
         except TimeoutError:
             self.http.close()
-            raise Unreachable(504, f"{address} did not accept a connection within {silence:g} s") from None
+            raise Unreachable(504, f"{address} did not accept a connection within {connect_seconds:g} s") from None
         except (OSError, UnicodeError) as error:
             self.http.close()
             raise Unreachable(502, f"{address} can't be reached: {_reason(error)}") from None
@@ -949,17 +985,17 @@ class BackendConnection:
             return StaleConnection(502, "a kept-alive connection was closed")
         return BackendError(502, f"the connection to the backend broke: {printable(str(error))}")
 
-    def send(self, data: Bytes, on_readable: Callable[[], None] | None = None) -> None:
-        """Send all of it. While the backend takes none, `on_readable` is called when it has sent something."""
+    def send(self, data: Bytes, watch: SendWatch | None = None) -> None:
+        """Send all of it."""
         try:
-            send_all(self.sock, data, self.deadline, on_readable)
+            send_all(self.sock, data, self.deadline, watch)
         except (Disconnected, Stalled) as error:
             raise self._failure(error) from None
 
     def response(self, method: bytes, upgrade: bool, on_interim: Callable[[Response], None]) -> Response:
         """The final answer's head; interim ones (RFC 9110 15.2) are handed to `on_interim`."""
         for interim in range(MAX_INTERIM + 1):
-            response = self._response_head(method)
+            response = self.response_head(method)
             if response.status >= 200:
                 return response
             if response.status == 101:
@@ -970,7 +1006,8 @@ class BackendConnection:
                 on_interim(response)
         raise BackendError(502, f"the backend's answer is malformed: more than {MAX_INTERIM} interim answers")
 
-    def _response_head(self, method: bytes) -> Response:
+    def response_head(self, method: bytes) -> Response:
+        """The next answer's head, be it interim or final."""
         reader = self.reader
         deadline = self.deadline()
         try:
@@ -1028,9 +1065,9 @@ class Backend:
         self._lock = threading.Lock()
         self._idle: list[BackendConnection] = []
 
-    def connect(self) -> BackendConnection:
-        """A fresh connection."""
-        return BackendConnection(self.address, self._context, self.silence)
+    def connect(self, seconds: float | None = None) -> BackendConnection:
+        """A fresh connection, made within that time."""
+        return BackendConnection(self.address, self._context, self.silence, seconds or self.silence)
 
     def take(self) -> BackendConnection | None:
         """An idle connection on which nothing has arrived since its last answer."""
@@ -1048,10 +1085,8 @@ class Backend:
         """Keep a connection whose answer was read to its end, or close it: after an answer without an end of its own,
         one with bytes behind it, or when PVE said close."""
         connection.reader.unwatch()
-        if not connection.reusable or not response.keep_alive or response.length == UNTIL_CLOSE:
-            connection.close()
-            return
-        if connection.reader.buffer or response.status == 101:
+        delimited = response.keep_alive and response.length != UNTIL_CLOSE and response.status != 101
+        if not connection.reusable or not delimited or connection.reader.holds_more():
             connection.close()
             return
         connection.idle_since = time.monotonic()
@@ -1077,12 +1112,14 @@ class Backend:
         if connection:
             with contextlib.suppress(StaleConnection):
                 return self._exchange(connection, b"GET", data, seconds, client)
-        return self._exchange(self.connect(), b"GET", data, seconds, client)
+        return self._exchange(self.connect(seconds), b"GET", data, seconds, client)
 
     def post(self, data: bytes) -> Answer:
         """The whole answer to a POST given as bytes, on a fresh connection; never sent a second time. Raises
         Unreachable when nothing was sent, another BackendError when nobody knows what the backend did."""
-        return self._exchange(self.connect(), b"POST", data, self.silence, None)
+        connection = self.connect()
+        connection.reusable = False
+        return self._exchange(connection, b"POST", data, self.silence, None)
 
     def _exchange(
         self, connection: BackendConnection, method: bytes, data: bytes, seconds: float, client: Client | None
@@ -1231,8 +1268,7 @@ class CloneCall(NamedTuple):
     user: str
 
     def __str__(self) -> str:
-        node = printable(self.node).replace(" ", "\\x20")
-        return f"node={node} vmid={printable(self.source)}"
+        return f"node={field_text(self.node)} vmid={field_text(self.source)}"
 
 
 def clone_call(request: Request, qemu: bool) -> tuple[str, str, str] | None:
@@ -1376,7 +1412,6 @@ class CloneQueue:
         self._kept: dict[CloneJob, None] = {}  # ended and not delivered, oldest first
         self._history: deque[CloneJob] = deque(maxlen=HISTORY)  # what has ended, the newest last
         self._draining = False
-        self._worker: threading.Thread | None = None
         self.totals = dict.fromkeys(("completed", "failed", "rejected", "abandoned", "lock_retries"), 0)
         self.ended = 0  # jobs whose times are in the two sums
         self.wait_seconds = 0.0
@@ -1384,18 +1419,17 @@ class CloneQueue:
 
     # What handlers call
 
-    def check_room(self, call: CloneCall, key: bytes) -> None:
-        """Raise Refusal if such a request would find the queue full (or closing), before PVE is asked about it."""
+    def check_room(self, node: str, source: str) -> None:
+        """Raise Refusal if a new clone would find the queue full or closing, before PVE is asked and its body is read.
+        Where any client has left, it might be the one that comes back: then `admit` decides."""
         with self._lock:
-            self._refuse_if_draining()
-            if self._full() and not self._abandoned_twin(key) and not self._oldest_left():
-                raise self._reject(call)
+            if not any(not self._present(job) for jobs in self._by_key.values() for job in jobs):
+                self._make_room(f"node={field_text(node)} vmid={field_text(source)}")
 
     def admit(self, job: CloneJob) -> CloneJob:
         """Queue the job, or let its client take over an equal one whose client has left; the one that is to be waited
         for. Raises Refusal if the queue is full or closing."""
         with self._lock:
-            self._refuse_if_draining()
             self._forget_old_answers()
             twin = self._abandoned_twin(job.key)
             if twin:
@@ -1404,11 +1438,7 @@ class CloneQueue:
                     twin.client.event.set()
                 log.info("CLONE RESUMED: %s (%s)", twin.call, twin.stage.value)
                 return twin
-            if self._full():
-                left = self._oldest_left()
-                if not left:
-                    raise self._reject(job.call)
-                self._withdraw(left, Stage.DROPPED, "abandoned")
+            self._make_room(str(job.call))
             # Logged under the lock, so that it can't come behind CLONE START.
             log.info("CLONE QUEUED: %s newid=%s waiting=%d", job.call, job.call.newid or "-", len(self._waiting))
             self._waiting[job] = None
@@ -1435,17 +1465,18 @@ class CloneQueue:
 
     # The parts of the above; the lock is held
 
-    def _refuse_if_draining(self) -> None:
+    def _make_room(self, call: str) -> None:
+        """See to it that one more job can wait, if need be in the place of the oldest whose client has left."""
         if self._draining:
             raise _shutting_down()
-
-    def _reject(self, call: CloneCall) -> Refusal:
-        self.totals["rejected"] += 1
-        log.warning("CLONE REJECTED: queue full: %s waiting=%d", call, len(self._waiting))
-        return Refusal(503, f"the clone queue is full: {len(self._waiting)} clones are waiting", retry_after=10)
-
-    def _full(self) -> bool:
-        return len(self._waiting) >= self._settings.queue_size
+        if len(self._waiting) < self._settings.queue_size:
+            return
+        left = next((job for job in self._waiting if not self._present(job)), None)
+        if not left:
+            self.totals["rejected"] += 1
+            log.warning("CLONE REJECTED: queue full: %s waiting=%d", call, len(self._waiting))
+            raise Refusal(503, f"the clone queue is full: {len(self._waiting)} clones are waiting", retry_after=10)
+        self._withdraw(left, Stage.DROPPED, "abandoned")
 
     def _present(self, job: CloneJob) -> bool:
         if job.client and job.client.gone():
@@ -1462,12 +1493,6 @@ class CloneQueue:
     def _abandoned_twin(self, key: bytes) -> CloneJob | None:
         """The oldest job of an equal request whose client has left."""
         for job in self._by_key.get(key, ()):
-            if not self._present(job):
-                return job
-        return None
-
-    def _oldest_left(self) -> CloneJob | None:
-        for job in self._waiting:
             if not self._present(job):
                 return job
         return None
@@ -1525,7 +1550,6 @@ class CloneQueue:
 
     def run(self) -> NoReturn:
         """The worker's life: one job after the other, whatever happens to one of them."""
-        self._worker = threading.current_thread()
         while True:
             job = self._next()
             if not self._claim(job):
@@ -1751,10 +1775,6 @@ class CloneQueue:
 
     # Operation and shutdown
 
-    def worker_lives(self) -> bool:
-        """Whether the worker is there."""
-        return self._worker is not None and self._worker.is_alive()
-
     def snapshot(self) -> dict[str, Any]:
         """What runs, what waits, what has ended lately, totals and medians: as it goes into /status.json."""
         with self._lock:
@@ -1785,10 +1805,13 @@ class CloneQueue:
         with self._lock:
             self._draining = True
             for job in list(self._waiting):
+                outcome = "failed" if job.failed else "rejected"
                 if self._present(job):
                     self._give(job, job.failed or error_answer(_shutting_down()))
                     log.warning("CLONE REJECTED: shutting down: %s", job.call)
-                self._withdraw(job, Stage.ENDED, "failed" if job.failed else "rejected")
+                else:
+                    outcome = "abandoned"
+                self._withdraw(job, Stage.ENDED, outcome)
 
     def wait_until_idle(self, deadline: float) -> bool:
         """Wait until no clone runs; False if one still does at the deadline."""
@@ -1838,8 +1861,10 @@ def plain_address(text: str) -> str | None:
         address = ipaddress.ip_address(text)
     except ValueError:
         return None
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return str(mapped or address)
+    if isinstance(address, ipaddress.IPv6Address):
+        # A zone (RFC 4007 11) means nothing elsewhere and may hold anything.
+        return str(address.ipv4_mapped or ipaddress.IPv6Address(int(address)))
+    return str(address)
 
 
 class _Flow:
@@ -1904,7 +1929,7 @@ class Tunnel:
         half_closed = self._up.source_ended or self._down.source_ended
         ready = poll.poll(HALF_CLOSED_SECONDS * 1000 if half_closed else None)
         for fd, events in ready:
-            if events & (select.POLLHUP | select.POLLERR) and sources[fd].source_ended:
+            if events & (select.POLLHUP | select.POLLERR) and not sources[fd].wants_to_read():
                 return False
         return bool(ready)
 
@@ -1915,24 +1940,23 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
     server: ConnectionServer
 
     def setup(self) -> None:
-        """Prepare the socket; nothing is read yet."""
+        """Count the connection in. What can fail comes later, in `handle`."""
         self.sock: socket.socket = self.request
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_tcp_alive(self.sock)
-        address = ipaddress.ip_address(str(self.client_address[0]).partition("%")[0])
-        self.peer = plain_address(str(address)) or str(address)
-        self.peer_is_local = ipaddress.ip_address(self.peer).is_loopback
         self.silence = self.server.silence
         self.deadline = within(self.silence)
         self.responding = False
         self.unread = False
         self.answered = False
         self.sent = 0
+        self.crowded = not self.server.register(self)
 
     def handle(self) -> None:
         """The connection's life."""
-        self.crowded = not self.server.register(self)
         try:
+            self.peer = plain_address(str(self.client_address[0])) or "0.0.0.0"
+            self.peer_is_local = ipaddress.ip_address(self.peer).is_loopback
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_tcp_alive(self.sock)
             if self.server.tls:
                 self._start_tls(self.server.tls)
             self.sock.setblocking(False)
@@ -1942,23 +1966,27 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
             while not self.close_connection:
                 self.handle_one_request()
         except OSError as error:
-            log.debug("connection of %s: %s", self.peer, error)
+            log.debug("a connection ended: %s", error)
 
     def _start_tls(self, context: ssl.SSLContext) -> None:
         self.sock.settimeout(HANDSHAKE_SECONDS)
-        self.sock = context.wrap_socket(self.sock, server_side=True)
+        # At once in place of the plain socket, which it takes the descriptor from: else `wake` could not reach it.
+        tls = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        self.sock = tls
+        tls.do_handshake()
 
     def finish(self) -> None:
         """Close the connection; from here on nobody else may touch its descriptor."""
         self.server.unregister(self)
-        close_notify(self.sock)
+        if not self.responding:  # a goodbye would make an answer that was cut off look complete
+            close_notify(self.sock)
         self.sock.close()
 
     def has_input(self) -> bool:
         """Whether a request may have arrived. Asked by another thread, which holds the server's lock."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(self.reader.buffer) or bool(poll.poll(0))
 
     def wake(self) -> None:
         """End the connection from another thread, which holds the server's lock."""
@@ -1985,6 +2013,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         except Stalled:
             self.refuse(Refusal(408, f"the request did not arrive within {self.silence:g} s of silence"))
         except (Disconnected, ClientGone):
+            self.close_connection = True
             self.abort_response()
         except Exception:
             log.exception("unexpected failure in a request of %s", self.peer)
@@ -1996,14 +2025,16 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         """The next request, its body not read yet; None if there is none."""
         reader = self.reader
         seconds = CROWDED_HEAD_SECONDS if self.crowded else HEAD_SECONDS
+        idle_until = time.monotonic() + (IDLE_SECONDS if self.answered else seconds)
         try:
-            if not reader.buffer:
-                reader.wait(time.monotonic() + (IDLE_SECONDS if self.answered else seconds))
+            # RFC 9112 2.2: old clients send an empty line behind a body.
+            while bytes(reader.buffer[:3]) in (b"", b"\r", b"\r\n"):
+                reader.wait(idle_until)
                 turn.take()
                 reader.fill_now()
         except (Stalled, Disconnected):
             return None
-        if reader.buffer.startswith(b"\r\n"):  # RFC 9112 2.2: old clients send it behind a body
+        if reader.buffer.startswith(b"\r\n"):
             del reader.buffer[:2]
         try:
             start_line, fields = reader.head(time.monotonic() + seconds)
@@ -2175,13 +2206,14 @@ class ProxyHandler(ConnectionHandler):
         return connection, self._ask(connection, request, head, upgrade)
 
     def _ask(self, connection: BackendConnection, request: Request, head: bytes, upgrade: bool) -> Response:
+        on_interim = self._pass_on if request.http11 else _ignore
         try:
             if request.length:
-                self._upload(connection, request, head)
+                self._upload(connection, request, head, on_interim)
             else:
                 connection.send(head)
             connection.watch(self.client)
-            return connection.response(request.method, upgrade, self._pass_on if request.http11 else _ignore)
+            return connection.response(request.method, upgrade, on_interim)
         except BaseException:
             connection.close()
             raise
@@ -2189,49 +2221,54 @@ class ProxyHandler(ConnectionHandler):
     def _pass_on(self, interim: Response) -> None:
         send_all(self.sock, interim.relayed_head() + b"\r\n", self.deadline)
 
-    def _upload(self, connection: BackendConnection, request: Request, head: bytes) -> None:
+    def _upload(
+        self, connection: BackendConnection, request: Request, head: bytes, on_interim: Callable[[Response], None]
+    ) -> None:
         """Send head and body, the body as it arrives, until the backend has answered."""
-        pieces = self._request_body(request)
+        pieces = self._request_body(request, self.deadline)
+        # PVE may misread a body, a chunked one above all, and take the rest for another request.
+        connection.reusable = False
         if request.length == CHUNKED:
-            # PVE may misread what it can't read, and take the rest for another request.
-            connection.reusable = False
             pieces = chunked(pieces)
         if self.reader.buffer:
             head += next(pieces)
+
+        answer = connection.reader.buffer
 
         def look_for_answer() -> None:
             try:
                 connection.reader.fill_now()
             except Disconnected:
                 raise _EarlyAnswer from None
-            answer = connection.reader.buffer
-            if answer and not answer.startswith(b"HTTP/1.1 1"[: len(answer)]):
+            while answer.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in answer:
+                on_interim(connection.response_head(request.method))
+            if not b"HTTP/1.1 1".startswith(answer[:10]) or len(answer) > MAX_HEAD:
                 raise _EarlyAnswer
 
+        watch = SendWatch(look_for_answer, self.client.fd, GONE_EVENTS, self.client.leave)
         self.reader.watch(connection.sock.fileno(), select.POLLIN, look_for_answer)
         try:
-            connection.send(head, look_for_answer)
+            connection.send(head, watch)
             for piece in pieces:
-                connection.send(piece, look_for_answer)
+                connection.send(piece, watch)
         except _EarlyAnswer:
-            self._leave_body_unread(connection)
+            self._leave_body_unread()
         except BackendError as error:
             if error.status != 502:
                 raise
             # It closed; what it said before can still be read.
-            self._leave_body_unread(connection)
+            self._leave_body_unread()
         finally:
             self.reader.unwatch()
 
-    def _leave_body_unread(self, connection: BackendConnection) -> None:
-        connection.reusable = False
+    def _leave_body_unread(self) -> None:
         self.close_connection = self.unread = True
 
-    def _request_body(self, request: Request) -> Iterator[Bytes]:
+    def _request_body(self, request: Request, deadline: Deadline) -> Iterator[Bytes]:
         """The body's pieces, asked for first if the client waits to be asked."""
         if request.expects_continue and not self.reader.buffer:
             send_all(self.sock, b"HTTP/1.1 100 Continue\r\n\r\n", self.deadline)
-        return self.reader.body(request.length, self.deadline)
+        return self.reader.body(request.length, deadline)
 
     def _note_failed_login(self, request: Request, response: Response, body: bytes) -> None:
         """Log a failed login, since PVE itself sees only this proxy there. The API says 401; to the web GUI PVE says
@@ -2262,23 +2299,22 @@ class ProxyHandler(ConnectionHandler):
 
     def clone(self, request: Request, kind: str, node: str, source: str) -> None:
         """Queue the clone, wait for its turn and its end, and send PVE's answer."""
+        clones = self.server.clones
         if request.length > MAX_CLONE_BODY:
             raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
-        body = bytearray()
-        if request.length:
-            for piece in self._request_body(request):
-                body += piece
-                if len(body) > MAX_CLONE_BODY:
-                    raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
-        call = CloneCall(kind, node, source, newid_of(request, bytes(body)), user_of(request.fields))
-        client = Client(self.sock.fileno())
-        job = self._job(request, call, bytes(body), client)
-        clones = self.server.clones
-        clones.check_room(job.call, job.key)
-        denied = self._check_login(job)
+        clones.check_room(node, source)
+        # Before the body is read: strangers shall not fill the memory either.
+        credentials = self._poll_fields(request)
+        denied = self._check_login(credentials)
         if denied:
+            if request.length:
+                self._leave_body_unread()
             self.respond_whole(request, denied)
             return
+        body = self._clone_body(request)
+        call = CloneCall(kind, node, source, newid_of(request, body), user_of(request.fields))
+        client = Client(self.sock.fileno())
+        job = self._job(request, call, body, credentials, client)
         job = clones.admit(job)
         try:
             client.event.wait()
@@ -2289,21 +2325,36 @@ class ProxyHandler(ConnectionHandler):
         finally:
             clones.leave(job, client)
 
-    def _job(self, request: Request, call: CloneCall, body: bytes, client: Client) -> CloneJob:
+    def _clone_body(self, request: Request) -> bytes:
+        """The whole body, which is small and must come within HEAD_SECONDS."""
+        if not request.length:
+            return b""
+        end = time.monotonic() + HEAD_SECONDS
+        body = bytearray()
+        for piece in self._request_body(request, lambda: min(end, self.deadline())):
+            body += piece
+            if len(body) > MAX_CLONE_BODY:
+                raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
+        return bytes(body)
+
+    def _poll_fields(self, request: Request) -> bytes:
+        """The field lines with which this client's task is polled, and its login checked."""
+        credentials = b"".join(line for name, line in request.fields.lines if name in (b"authorization", b"cookie"))
+        forwarded_for = b"X-Forwarded-For: %b\r\n" % self.forwarded_for.encode()
+        return self.server.backend.host_line + credentials + forwarded_for
+
+    def _job(self, request: Request, call: CloneCall, body: bytes, poll_fields: bytes, client: Client) -> CloneJob:
         fields = b"%bContent-Length: %d\r\n" % (self._backend_fields(request, _CLONE_DROP), len(body))
         data = b"POST %b HTTP/1.1\r\n%b\r\n%b" % (request.target, fields, body)
-        credentials = b"".join(line for name, line in request.fields.lines if name in (b"authorization", b"cookie"))
-        csrf_token = request.fields.values.get(b"csrfpreventiontoken")
-        key = hashlib.sha256(repr((request.target, body, credentials, csrf_token)).encode()).digest()
-        poll_fields = b"%b%bX-Forwarded-For: %b\r\n" % (
-            self.server.backend.host_line, credentials, self.forwarded_for.encode(),
-        )  # fmt: skip
-        return CloneJob(call, data, poll_fields, key, client)
+        credentials = [request.fields.values.get(name) for name in (b"authorization", b"cookie", b"csrfpreventiontoken")]
+        key = hashlib.sha256(repr((request.target, credentials, len(body))).encode())
+        key.update(body)
+        return CloneJob(call, data, poll_fields, key.digest(), client)
 
-    def _check_login(self, job: CloneJob) -> Answer | None:
+    def _check_login(self, poll_fields: bytes) -> Answer | None:
         """PVE's 401 if it does not know these credentials: strangers must not fill the queue. PVE takes 3 s to say
         so, in this handler's time."""
-        answer = self.server.backend.get("/api2/json/version", job.poll_fields, self.silence, self.client)
+        answer = self.server.backend.get("/api2/json/version", poll_fields, self.silence, self.client)
         return answer if answer.response.status == 401 else None
 
 
@@ -2356,7 +2407,7 @@ def _listen(family: int, address: Any) -> socket.socket:
 
 def is_local(listener: socket.socket) -> bool:
     """Whether only this host can reach a listening socket."""
-    return ipaddress.ip_address(plain_address(listener.getsockname()[0].partition("%")[0]) or "::").is_loopback
+    return ipaddress.ip_address(plain_address(listener.getsockname()[0]) or "::").is_loopback
 
 
 def address_text(listener: socket.socket) -> str:
@@ -2395,6 +2446,7 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
         self._handlers: set[ConnectionHandler] = set()
         self._idle: dict[ConnectionHandler, None] = {}
         self._tunnels: set[ConnectionHandler] = set()
+        self._starting = 0  # accepted, and not yet in `_handlers`
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Without a free descriptor, wait a little: the listening socket stays readable and would spin."""
@@ -2408,7 +2460,19 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Refuse a thread to what is far beyond the limit."""
-        return threading.active_count() < MAX_CONNECTIONS + SPARE_THREADS
+        with self._lock:
+            return len(self._handlers) + self._starting < MAX_CONNECTIONS + SPARE_THREADS
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread."""
+        with self._lock:
+            self._starting += 1
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            with self._lock:
+                self._starting -= 1
+            raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What is left over when even a handler's own error handling failed."""
@@ -2417,6 +2481,7 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
     def register(self, handler: ConnectionHandler) -> bool:
         """Count a new connection in; False if it is one too many."""
         with self._lock:
+            self._starting -= 1
             self._handlers.add(handler)
             if len(self._handlers) > MAX_CONNECTIONS:
                 oldest = next(iter(self._idle), None)
@@ -2482,10 +2547,16 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
             for handler in list(self._idle):
                 self._end_idle(handler)
 
+    def cut_off(self) -> None:
+        """The process is about to exit: answers that have begun must not look complete."""
+        with self._lock:
+            for handler in self._handlers:
+                handler.abort_response()
+
     def wait_until_closed(self, deadline: float) -> bool:
         """Wait for all connections to close; False if some are left at the deadline."""
         with self._lock:
-            return self._changed.wait_for(lambda: not self._handlers, max(0.0, deadline - time.monotonic()))
+            return self._changed.wait_for(lambda: not self._handlers and not self._starting, max(0.0, deadline - time.monotonic()))
 
 
 class ProxyServer(ConnectionServer):
@@ -2544,6 +2615,7 @@ class Systemd:
             return
         fds = list(descriptors)
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.setblocking(False)  # a manager that does not listen must not hold up anything
             notify.connect(self._path)
             if fds:
                 socket.send_fds(notify, [text.encode()], fds)
@@ -2554,7 +2626,7 @@ class Systemd:
         """The line that `systemctl status` shows."""
         if text != self._status:
             self._status = text
-            self.send(f"STATUS={text}")
+            self.send(f"STATUS={printable(text)}")  # a client's text must not become another assignment
 
     def keep(self, listener: socket.socket) -> None:
         """Put the listening socket into the descriptor store, so that it outlives this process at a restart."""
@@ -2586,10 +2658,8 @@ def status_line(snapshot: dict[str, Any]) -> str:
     return f"{doing}, {len(snapshot['waiting'])} waiting; {totals['completed']} done, {totals['failed']} failed"
 
 
-def health(clones: CloneQueue, backend: BackendAddress) -> str:
-    """What is wrong, or "": the worker lives and PVE's port answers."""
-    if not clones.worker_lives():
-        return "the clone worker has ended"
+def health(backend: BackendAddress) -> str:
+    """What is wrong, or "" if PVE's port answers. (The worker lives as long as the process: start_vital_thread.)"""
     try:
         socket.create_connection((backend.host, backend.port), HEALTH_SECONDS).close()
     except OSError as error:
@@ -2765,7 +2835,7 @@ class StatusHandler(ConnectionHandler):
         elif path == b"/metrics":
             kind, text = "text/plain; version=0.0.4; charset=utf-8", metrics(self.server.snapshot())
         elif path == b"/healthz":
-            problem = health(self.server.proxy.clones, self.server.proxy.backend.address)
+            problem = health(self.server.proxy.backend.address)
             status = 503 if problem else 200
             kind, text = "text/plain;charset=UTF-8", (problem or "ok") + "\n"
         else:
@@ -2820,7 +2890,7 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
         except OSError as error:
             raise FlagError(f"invalid value {path!r} for flag -{name}: {_reason(error)}") from None
     try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")  # never ask at the terminal
     except (OSError, ValueError) as error:
         raise FlagError(
             f"flags -tls-cert {settings.tls_cert!r} and -tls-key {settings.tls_key!r}: {printable(str(error))}"
@@ -2871,8 +2941,9 @@ def serve(settings: Settings, server: ProxyServer, status: StatusServer | None, 
 
 def stop(server: ProxyServer, systemd: Systemd) -> None:
     """End in good order: nobody who was accepted is left without an answer. A second signal ends it at once."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     log.info("shutting down")
     systemd.send("STOPPING=1")
@@ -2886,7 +2957,8 @@ def stop(server: ProxyServer, systemd: Systemd) -> None:
     server.clones.wait_until_idle(begin + DRAIN_SECONDS)
     server.wait_until_closed(begin + DRAIN_SECONDS)
     server.clones.answer_running()
-    server.wait_until_closed(time.monotonic() + 2)
+    if not server.wait_until_closed(time.monotonic() + 2):
+        server.cut_off()
 
 
 def main(arguments: list[str]) -> int:
@@ -2930,4 +3002,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_status = main(sys.argv[1:])
+    sys.stdout.flush()
+    # Without the interpreter's own shutdown, which fails when a daemon thread happens to be writing to stderr.
+    os._exit(exit_status)

@@ -694,17 +694,18 @@ class Message:
 
 
 class ScriptedBackend:
-    """A plain HTTP backend whose every connection follows a script of the test's."""
+    """A backend whose every connection follows a script of the test's."""
 
-    def __init__(self, script: Callable[[Wire], None]) -> None:
+    def __init__(self, script: Callable[[Wire], None], tls: bool = False) -> None:
         self.script = script
+        self.context = server_context() if tls else None
         self.requests: list[Message] = []
         self.connections = 0
         self.open = 0
         self.failures: list[BaseException] = []
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port = self.listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -720,6 +721,8 @@ class ScriptedBackend:
 
     def _serve(self, wire: Wire) -> None:
         try:
+            if self.context:
+                wire.sock = self.context.wrap_socket(wire.sock, server_side=True)
             self.script(wire)
         except (OSError, EOFError):
             pass
@@ -971,6 +974,8 @@ class CloneRecognition(unittest.TestCase):
             "/api2/json/nodes/pve/lxc/9000/%63lone",
             "/api2/json/nodes/pve%2Flxc/9000/clone",
             "/api2/json/nodes/pve/lxc/9000/clone?newid=5",
+            "/api2/json/nodes/pve/lxc/9000/clone%0A",
+            "/api2/json/nodes/pve/lxc/9000/clone/%0a",
             "/%61pi2/json/nodes/any thing/lxc/1/clone".replace(" ", "%20"),
             "/api2/json/nodes/localhost/lxc/00000000000000000000001/clone",
             "http://elsewhere/api2/json/nodes/pve/lxc/9000/clone",
@@ -1183,6 +1188,7 @@ class Relaying(unittest.TestCase):
                 (["X-Forwarded-For: ::ffff:192.0.2.9"], b"192.0.2.9"),
                 (["X-Forwarded-For: 192.0.2.7, nonsense"], b"127.0.0.1"),
                 (["X-Forwarded-For: 192.0.2.7:80"], b"127.0.0.1"),
+                (["X-Forwarded-For: fe80::1%x AUTH FAILED"], b"fe80::1"),
             ]:
                 with self.subTest(fields):
                     proxy.get("/", *fields)
@@ -1357,6 +1363,19 @@ class BackendConnections(unittest.TestCase):
                     self.assertEqual(wire.message().body, b"ok")
                 self.assertEqual(backend.connections, 2)
 
+    def test_bytes_behind_an_answer_that_only_tls_knows_of(self) -> None:
+        def script(wire: Wire) -> None:
+            backend.request(wire)
+            wire.send(OK[:-2])
+            wire.send(b"okHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+            wire.more()
+
+        with ScriptedBackend(script, tls=True) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            for _ in range(3):
+                wire.send(GET)
+                self.assertEqual(wire.message().body, b"ok")
+            self.assertEqual(backend.connections, 3)
+
     def test_bytes_that_follow_later_spoil_no_other_answer(self) -> None:
         sent = threading.Event()
 
@@ -1418,6 +1437,9 @@ BAD_REQUESTS: list[tuple[str, bytes, int]] = [
     ("* without OPTIONS", b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 400),
     ("method is no token", b"G@T / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
     ("no Host", b"GET / HTTP/1.1\r\n\r\n", 400),
+    ("Content_Length", b"POST / HTTP/1.1\r\nHost: h\r\nContent_Length: 0\r\nContent-Length: 3\r\n\r\nabc", 400),
+    ("Transfer_Encoding", b"POST / HTTP/1.1\r\nHost: h\r\nTransfer_Encoding: chunked\r\nContent-Length: 3\r\n\r\nabc", 400),
+    ("X_Forwarded-For", b"GET / HTTP/1.1\r\nHost: h\r\nX_Forwarded-For: 192.0.2.1\r\n\r\n", 400),
     ("two Hosts", b"GET / HTTP/1.1\r\nHost: h\r\nHost: h\r\n\r\n", 400),
     ("Host with a path", b"GET / HTTP/1.1\r\nHost: h/x\r\n\r\n", 400),
     ("Host with userinfo", b"GET / HTTP/1.1\r\nHost: u@h\r\n\r\n", 400),
@@ -1659,6 +1681,26 @@ class Streaming(unittest.TestCase):
                 wait_until(functools.partial(list, ends), "the backend to see the end")
                 self.assertNotIn(b"0\r\n\r\n", ends[0])
 
+    def test_a_client_that_leaves_while_the_backend_does_not_read(self) -> None:
+        done = threading.Event()
+
+        def script(wire: Wire) -> None:
+            wire.head()
+            done.wait(LONG)
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            self.assertEqual(proxy.ask(b"bad\r\n\r\n").status, 400)  # so that what is opened once is open
+            descriptors = proxy.descriptors()
+            with proxy.wire() as wire:
+                wire.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000\r\n\r\n")
+                wire.sock.settimeout(0.5)
+                with self.assertRaises(TimeoutError):
+                    while True:
+                        wire.send(bytes(1 << 20))
+                wire.reset()
+            wait_until(lambda: proxy.descriptors() <= descriptors, "both connections to be closed", 5)
+            done.set()
+
     def test_a_client_that_leaves_frees_the_backend(self) -> None:
         for answer in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n1"):
             ended = threading.Event()
@@ -1813,6 +1855,27 @@ class Tunnels(unittest.TestCase):
             wait_until(stopped, "both sides to be stopped")
             self.assertLess(proxy.memory(), 60 * 1024)
             wire.sock.shutdown(socket.SHUT_RDWR)
+
+    def test_a_reset_behind_a_full_buffer_ends_it(self) -> None:
+        done = threading.Event()
+
+        def script(wire: Wire) -> None:
+            wire.head()
+            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            done.wait(LONG)
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            with proxy.wire() as wire:
+                wire.send(UPGRADE)
+                wire.head()
+                threads = proxy.threads()
+                wire.sock.settimeout(0.5)
+                with self.assertRaises(TimeoutError):
+                    while True:
+                        wire.send(bytes(1 << 20))
+                wire.reset()
+            wait_until(lambda: proxy.threads() < threads, "the tunnel's thread to end", 5)
+            done.set()
 
     def test_half_close_is_carried_over(self) -> None:
         def script(wire: Wire) -> None:
@@ -2520,6 +2583,22 @@ class Shutdown(unittest.TestCase):
         self.assertEqual((answer.status, answer.get("retry-after")), (504, None))
         self.assertIn("outcome of the clone is unknown", json.loads(answer.body)["message"])
 
+    def test_who_comes_back_meanwhile_gets_the_running_clones_answer(self) -> None:
+        with FakePVE(clone_seconds=1) as pve:
+            proxy = Proxy(pve.url)
+            leaver = queue_up(proxy, clone_request(201))[0]
+            pve.wait_for_clones(1)
+            back, other = bring(proxy, b"", b"")
+            leaver.close()
+            proxy.wait_log("CLONE ABANDONED")
+            proxy.process.terminate()
+            proxy.wait_log("shutting down")
+            proxy.process.send_signal(signal.SIGHUP)  # a reload, which must not end it
+            back.send(clone_request(201))
+            other.send(clone_request(202))
+            self.assertEqual((back.message().status, other.message().status), (200, 503))
+            self.assertEqual((proxy.stop(0), len(pve.clones)), (0, 1))
+
     def test_a_second_signal_ends_it_at_once(self) -> None:
         with FakePVE(clone_seconds=60) as pve:
             proxy = Proxy(pve.url)
@@ -2641,6 +2720,33 @@ class Listening(unittest.TestCase):
             proxy.wait_log("CLONE ABANDONED")
             self.assertEqual((first.message().status, len(pve.clones)), (200, 1))
 
+    def test_an_answer_that_breaks_off_has_no_clean_end(self) -> None:
+        def script(wire: Wire) -> None:
+            backend.request(wire)
+            wire.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+            go_on.wait(LONG)
+            wire.reset()
+
+        go_on = threading.Event()
+        with ScriptedBackend(script) as backend:
+            proxy = self.proxy(backend.url)
+            with socket.create_connection(("127.0.0.1", proxy.port), LONG) as sock:
+                wire = Wire(client_context().wrap_socket(sock, suppress_ragged_eofs=False))
+                wire.send(GET)
+                wire.until(b"half")
+                go_on.set()
+                with self.assertRaises(OSError):
+                    wire.more()
+                wire.close()
+
+    def test_silent_handshakes_keep_nobody_out(self) -> None:
+        with answering(OK) as backend:
+            proxy = self.proxy(backend.url)
+            for _ in range(program.MAX_CONNECTIONS + 20):
+                self.enterContext(socket.create_connection(("127.0.0.1", proxy.port), LONG))
+            for _ in range(5):
+                self.assertEqual(proxy.get("/").status, 200)
+
     def test_versions_and_stalled_handshakes(self) -> None:
         with answering(OK) as backend:
             proxy = self.proxy(backend.url)
@@ -2700,9 +2806,13 @@ class ServiceManager(unittest.TestCase):
                 with Proxy(pve.url, env={"NOTIFY_SOCKET": path}) as proxy:
                     self.assertEqual(hear("FDSTORE"), "FDSTORE=1\nFDNAME=listen")
                     hear("READY=1")
-                    hear("STATUS=idle, 0 waiting; 0 done, 0 failed")
+                    evil = "/api2/json/nodes/x%0AWATCHDOG=trigger%0Ay/lxc/9001/clone"
+                    forged = queue_up(proxy, clone_request(203, path=evil))[0]
+                    self.assertNotIn("\n", hear("WATCHDOG"))
+                    self.assertEqual(forged.message().status, 200)
+                    hear("STATUS=idle, 0 waiting; 1 done, 0 failed")
                     wires = queue_up(proxy, clone_request(201), clone_request(202))
-                    hear(r"STATUS=cloning pve/9000 for \d\.\ds, 1 waiting; 0 done, 0 failed")
+                    hear(r"STATUS=cloning pve/9000 for \d\.\ds, 1 waiting; 1 done, 0 failed")
                     proxy.process.terminate()
                     hear("STOPPING=1")
                     self.assertEqual(sorted(wire.message().status for wire in wires), [200, 503])
