@@ -274,7 +274,7 @@ _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 MAX_LINE = 16 * 1024
 MAX_HEAD = 64 * 1024
 MAX_FIELDS = 100
-MAX_CACHED_FIELDS = 2048  # bytes of field lines, to be kept in memory
+MAX_CACHED = 2048  # bytes of a start line or field lines, to be kept in memory
 MAX_CHUNK_LINE = 256
 MAX_INTERIM = 10
 RECEIVE_SIZE = 16 * 1024
@@ -437,7 +437,7 @@ _cached_fields = functools.lru_cache(maxsize=256)(Fields)
 
 def parse_fields(block: bytes) -> Fields:
     """The fields of a head, given as lines with their CRLF. Raises Refusal."""
-    return _cached_fields(block) if len(block) <= MAX_CACHED_FIELDS else Fields(block)
+    return _cached_fields(block) if len(block) <= MAX_CACHED else Fields(block)
 
 
 def _what_is_wrong(block: bytes) -> str:
@@ -726,7 +726,7 @@ def chunked(pieces: Iterable[Bytes]) -> Iterator[Bytes]:
 
 
 class Request:
-    """A request that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1."""
+    """A request's head that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1. Never changed: see Fields."""
 
     __slots__ = ("expects_continue", "fields", "http11", "keep_alive", "length", "method", "target")
 
@@ -772,6 +772,14 @@ class Request:
         )
 
 
+_cached_request = functools.lru_cache(maxsize=256)(Request)
+
+
+def parse_request(start_line: bytes, fields: Fields) -> Request:
+    """The request of a head. Raises Refusal."""
+    return _cached_request(start_line, fields) if len(start_line) <= MAX_CACHED else Request(start_line, fields)
+
+
 def _origin_form(method: bytes, target: bytes) -> bytes:
     """The target as it is sent to the backend (RFC 9112 3.2): path and query, never an authority."""
     if method == b"CONNECT":
@@ -795,9 +803,11 @@ def _origin_form(method: bytes, target: bytes) -> bytes:
 
 
 class Response:
-    """The head of a response: `status_line` is what follows the version, `length` says how the body is framed."""
+    """The head of a response: `status_line` is what follows the version, `length` says how the body is framed. Never
+    changed: see Fields. `relayed_head` holds status line and field lines as they go to the client, without framing,
+    Connection, and the empty line."""
 
-    __slots__ = ("fields", "keep_alive", "length", "status", "status_line")
+    __slots__ = ("fields", "keep_alive", "length", "relayed_head", "status", "status_line")
 
     def __init__(self, start_line: bytes, fields: Fields, method: bytes) -> None:
         """Parse an answer to a request of that method. Raises Refusal."""
@@ -812,6 +822,9 @@ class Response:
             length = 0
         self.length = UNTIL_CLOSE if length is None else length
         self.keep_alive = fields.keep_alive(minor == b"1")
+        # RFC 9110 8.6: an answer of 1xx or 204 never has a Content-Length.
+        drop = _UNFRAMED_DROP if self.status < 200 or self.status == 204 else HOP_BY_HOP
+        self.relayed_head = b"HTTP/1.1%b\r\n%b" % (self.status_line, fields.end_to_end(drop))
 
     def __str__(self) -> str:
         """Status and reason phrase, for people."""
@@ -822,11 +835,14 @@ class Response:
         """The reason phrase: PVE puts the text of an error there."""
         return self.status_line[5:].decode("latin-1")
 
-    def relayed_head(self) -> bytes:
-        """Status line and field lines as they go to the client, without framing, Connection, and the empty line."""
-        # RFC 9110 8.6: an answer of 1xx or 204 never has a Content-Length.
-        drop = _UNFRAMED_DROP if self.status < 200 or self.status == 204 else HOP_BY_HOP
-        return b"HTTP/1.1%b\r\n%b" % (self.status_line, self.fields.end_to_end(drop))
+
+_cached_response = functools.lru_cache(maxsize=256)(Response)
+
+
+def parse_response(start_line: bytes, fields: Fields, method: bytes) -> Response:
+    """The answer to a request of that method. Raises Refusal."""
+    make = _cached_response if len(start_line) <= MAX_CACHED else Response
+    return make(start_line, fields, method)
 
 
 class Answer(NamedTuple):
@@ -1015,7 +1031,7 @@ class BackendConnection:
                 reader.wait(deadline)
                 reader.fill(deadline)
             self._may_be_stale = False
-            return Response(*reader.head(deadline), method)
+            return parse_response(*reader.head(deadline), method)
         except (Refusal, Disconnected, Stalled) as error:
             raise self._failure(error) from None
 
@@ -2044,7 +2060,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
             return None
         if self.crowded:
             raise Refusal(503, "too many connections", retry_after=5)
-        request = Request(start_line, fields)
+        request = parse_request(start_line, fields)
         self.close_connection = not request.keep_alive
         return request
 
@@ -2054,7 +2070,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, request: Request | None, response: Response, first: bytes, pieces: Iterable[Bytes]) -> None:
         """Send an answer, framed for this client. What is there of its body, `first`, goes out with the head."""
-        head = response.relayed_head()
+        head = response.relayed_head
         if response.length == CHUNKED and request and request.http11:
             head += b"Transfer-Encoding: chunked\r\n"
             pieces = chunked(pieces)
@@ -2219,7 +2235,7 @@ class ProxyHandler(ConnectionHandler):
             raise
 
     def _pass_on(self, interim: Response) -> None:
-        send_all(self.sock, interim.relayed_head() + b"\r\n", self.deadline)
+        send_all(self.sock, interim.relayed_head + b"\r\n", self.deadline)
 
     def _upload(
         self, connection: BackendConnection, request: Request, head: bytes, on_interim: Callable[[Response], None]
