@@ -2659,6 +2659,9 @@ class Systemd:
             wanted = {found[4][:2] for found in socket.getaddrinfo(host or None, port, flags=socket.AI_PASSIVE)}
             if listener.getsockname()[:2] in wanted:
                 return listener
+        # Removal takes the manager a moment, and until then its copy would keep the port.
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
         self.send("FDSTOREREMOVE=1\nFDNAME=listen")
         listener.close()
         return None
