@@ -27,6 +27,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -3313,6 +3314,10 @@ def run_all() -> int:
 
 def main(arguments: list[str]) -> int:
     """Run what the command line asks for."""
+    # As the unit does it: 512 clients are more than the usual limit of 1,024 descriptors.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 8192:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
     mode = arguments[0] if arguments else ""
     if mode == "demo":
         return demo()
