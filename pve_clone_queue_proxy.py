@@ -1894,6 +1894,7 @@ class _Flow:
         self.sink_ended = False
 
     def wants_to_read(self) -> bool:
+        """Whether there is room for what the source sends."""
         return not self.source_ended and len(self.buffer) < TUNNEL_BUFFER
 
     def move(self) -> None:

@@ -313,12 +313,20 @@ class FakePVE:
         threading.Thread(target=reap, daemon=True).start()
         return 200, "OK", record.upid
 
-    def finish(self) -> None:
-        """End the tasks that run now, as if their work were done. What starts later takes a moment only."""
-        self.clone_seconds = 0.05
-        with self.lock:
-            for task in self.running():
-                task.process.kill()
+    def finish(self, next_seconds: float = 0.05) -> None:
+        """End the tasks that run now, as if their work were done; wait for one if there is none yet. What starts later
+        takes so many seconds."""
+
+        def kill() -> int:
+            with self.lock:
+                running = self.running()
+                if running:
+                    self.clone_seconds = next_seconds
+                for task in running:
+                    task.process.kill()
+            return len(running)
+
+        wait_until(kill, "a task to run")
 
     def wait_for_clones(self, count: int) -> None:
         """Wait until that many clone calls have arrived."""
@@ -2317,8 +2325,7 @@ class Leaving(unittest.TestCase):
             leaver.close()
             waiting = bring(proxy, clone_request(202))[0]
             proxy.wait_log(r"CLONE RESUMED: .*\(waiting\)")
-            pve.finish()
-            pve.clone_seconds = ENDLESS
+            pve.finish(ENDLESS)
             pve.wait_for_clones(2)
             waiting.close()
             running = bring(proxy, clone_request(202))[0]
