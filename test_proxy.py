@@ -977,7 +977,7 @@ class Flags(unittest.TestCase):
 
 def request_of(first_line: str) -> program.Request:
     """A parsed request."""
-    return program.Request(first_line.encode("latin-1"), program.Fields(b"Host: pve\r\n"))
+    return program.Request(first_line.encode("latin-1") + b"\r\nHost: pve\r\n")
 
 
 class CloneRecognition(unittest.TestCase):
@@ -1076,8 +1076,8 @@ class Upids(unittest.TestCase):
     def test_what_is_polled(self) -> None:
         def upid_in(data: object, status: int = 200) -> str | None:
             body = json.dumps({"data": data}).encode()
-            fields = program.Fields(b"Content-Length: %d\r\n" % len(body))
-            return program.upid_of(program.Answer(program.Response(b"HTTP/1.1 %d OK" % status, fields, b"POST"), body))
+            head = b"HTTP/1.1 %d OK\r\nContent-Length: %d\r\n" % (status, len(body))
+            return program.upid_of(program.Answer(program.Response(head, b"POST"), body))
 
         good = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!t:"
         self.assertEqual(upid_in(good), good)
