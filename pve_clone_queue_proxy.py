@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import enum
 import errno
 import functools
@@ -2903,7 +2904,7 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def start_vital_thread(name: str, run: Callable[[], object]) -> None:
+def start_vital_thread(name: str, run: Callable[[], object], daemon: bool = True) -> None:
     """Start a thread without which the program is useless: if it fails, the process ends, to be started anew."""
 
     def live() -> None:
@@ -2913,7 +2914,7 @@ def start_vital_thread(name: str, run: Callable[[], object]) -> None:
             log.exception("the %s thread failed", name)
             os._exit(1)
 
-    threading.Thread(target=live, name=name, daemon=True).start()
+    threading.Thread(target=live, name=name, daemon=daemon).start()
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -2947,10 +2948,7 @@ def serve(settings: Settings, server: ProxyServer, status: StatusServer | None, 
 
 def stop(server: ProxyServer, systemd: Systemd) -> None:
     """End in good order: nobody who was accepted is left without an answer. A second signal ends it at once."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     log.info("shutting down")
     systemd.send("STOPPING=1")
     begin = time.monotonic()
@@ -2991,8 +2989,6 @@ def main(arguments: list[str]) -> int:
     except ListenError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
-    # Blocked here and in every thread, to be taken by sigtimedwait: no handler can interrupt what holds a lock.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     server = ProxyServer(listener, settings, backend, CloneQueue(settings, backend), tls)
     status = StatusServer(status_listener, server) if status_listener else None
     log.info("LISTENING: %s backend=%s", address_text(listener), settings.backend)
@@ -3007,8 +3003,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def run(arguments: list[str]) -> None:
+    """Let `main` run in a thread of its own, and the process end with its exit status. The caller's thread should end:
+    while it is in this file, Python keeps the file's syntax tree, 5 MB."""
+    # Blocked here and in every thread, to be taken by sigtimedwait: no handler can interrupt what holds a lock.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for `stop`, not Python's own handler
+
+    def run_main() -> None:
+        threading.main_thread().join()
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        exit_status = main(arguments)
+        sys.stdout.flush()
+        # Without the interpreter's own shutdown, which fails when a daemon thread happens to be writing to stderr.
+        os._exit(exit_status)
+
+    start_vital_thread("main", run_main, daemon=False)
+
+
 if __name__ == "__main__":
-    exit_status = main(sys.argv[1:])
-    sys.stdout.flush()
-    # Without the interpreter's own shutdown, which fails when a daemon thread happens to be writing to stderr.
-    os._exit(exit_status)
+    run(sys.argv[1:])

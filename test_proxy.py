@@ -2589,7 +2589,7 @@ class Shutdown(unittest.TestCase):
     def test_who_runs_at_the_end_of_patience_learns_what_is_known(self) -> None:
         def run(fault: str) -> Message:
             code = (f"import sys; sys.path.insert(0, {HERE!r}); import pve_clone_queue_proxy as p\n"
-                    "p.DRAIN_SECONDS = 0.3\nsys.exit(p.main(sys.argv[1:]))")  # fmt: skip
+                    "p.DRAIN_SECONDS = 0.3\np.run(sys.argv[1:])")  # fmt: skip
             with FakePVE(clone_seconds=60) as pve, socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
                 free.close()
