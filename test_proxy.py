@@ -805,10 +805,16 @@ GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
 class Proxy:
-    """The program as a process of its own, listening on a free port."""
+    """The program as a process of its own, listening on a free port; `constants` are set before it runs."""
 
-    def __init__(self, backend: str, *flags: str, env: dict[str, str] | None = None, port: int = 0) -> None:
-        command = [sys.executable, PROGRAM, "-listen", f"127.0.0.1:{port}", "-backend", backend, *flags]
+    def __init__(
+        self, backend: str, *flags: str, env: dict[str, str] | None = None, port: int = 0, constants: str = ""
+    ) -> None:
+        program_arguments = [PROGRAM]
+        if constants:
+            code = f"import sys; sys.path.insert(0, {HERE!r}); import pve_clone_queue_proxy as program\n"
+            program_arguments = ["-c", f"{code}{constants}\nprogram.run(sys.argv[1:])"]
+        command = [sys.executable, *program_arguments, "-listen", f"127.0.0.1:{port}", "-backend", backend, *flags]
         environment = {key: value for key, value in os.environ.items() if key != "JOURNAL_STREAM"} | (env or {})
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.tls = "-tls-cert" in flags
@@ -1321,6 +1327,29 @@ class Relaying(unittest.TestCase):
                 self.assertEqual(proxy.ask(request.replace("bad", "good").replace("30", "31").encode()).status, 200)
                 proxy.wait_log(rf"AUTH FAILED: client=192\.0\.2\.7 path=/api2/{format_}/access/ticket$")
             self.assertEqual(len(proxy.lines("AUTH FAILED")), 2)
+
+    def test_many_requests_gather_the_connections_on_one_cpu_until_they_end(self) -> None:
+        everywhere = os.sched_getaffinity(0)
+        with FakePVE() as pve, Proxy(pve.url, constants="program.BUSY = 0") as proxy:
+            wires = [proxy.wire(), proxy.wire()]
+            tasks = f"/proc/{proxy.process.pid}/task"
+
+            def places() -> list[set[int]]:
+                return [os.sched_getaffinity(int(thread)) for thread in os.listdir(tasks)]
+
+            def gathered() -> bool:
+                for wire in wires:
+                    wire.send(GET)
+                    self.assertEqual(wire.message().status, 200)
+                bound = [cpus for cpus in places() if len(cpus) == 1]
+                return len(bound) >= len(wires) and bound.count(bound[0]) == len(bound)
+
+            wait_until(gathered)
+            wires.append(proxy.wire())  # one that comes later
+            wait_until(gathered)
+            wait_until(lambda: all(cpus == everywhere for cpus in places()))
+            for wire in wires:
+                wire.close()
 
     def test_certificates_old_and_new_are_verified(self) -> None:
         for kind, ca, other in [("old", OLD_CA, NEW_CA), ("new", NEW_CA, OLD_CA)]:
@@ -2588,27 +2617,19 @@ class Shutdown(unittest.TestCase):
 
     def test_who_runs_at_the_end_of_patience_learns_what_is_known(self) -> None:
         def run(fault: str) -> Message:
-            code = (f"import sys; sys.path.insert(0, {HERE!r}); import pve_clone_queue_proxy as p\n"
-                    "p.DRAIN_SECONDS = 0.3\np.run(sys.argv[1:])")  # fmt: skip
-            with FakePVE(clone_seconds=60) as pve, socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
-                free.close()
-                command = [sys.executable, "-c", code, "-listen", f"127.0.0.1:{port}", "-backend", pve.url]
-                with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-                    assert process.stderr
-                    process.stderr.readline()
-                    if fault:
-                        pve.clone_faults.append(fault)
-                    with Wire.to(port) as wire:
-                        wire.send(clone_request(201))
-                        pve.wait_for_clones(1)
-                        if not fault:
-                            wait_until(lambda: "CLONE TASK" in process.stderr.readline())  # type: ignore[union-attr]
-                        process.terminate()
-                        answer = wire.message()
-                    self.assertEqual(process.wait(LONG), 0)
+            with FakePVE(clone_seconds=60) as pve, Proxy(pve.url, constants="program.DRAIN_SECONDS = 0.3") as proxy:
+                if fault:
+                    pve.clone_faults.append(fault)
+                with proxy.wire() as wire:
+                    wire.send(clone_request(201))
+                    pve.wait_for_clones(1)
                     if not fault:
-                        self.assertEqual(json.loads(answer.body)["data"], next(iter(pve.tasks)))
+                        proxy.wait_log("CLONE TASK")
+                    proxy.process.terminate()
+                    answer = wire.message()
+                self.assertEqual(proxy.stop(0), 0)
+                if not fault:
+                    self.assertEqual(json.loads(answer.body)["data"], next(iter(pve.tasks)))
             return answer
 
         self.assertEqual(run("").status, 200)
