@@ -12,8 +12,8 @@ The way of a request:
 
 1. `ProxyServer` accepts the connection and gives it a thread of its own, in which a `ProxyHandler` lives.
 2. The handler reads the request's head with `MessageReader`, the one strict reader for requests and answers alike.
-3. An ordinary request goes to PVE on a connection of `Backend`, and PVE's answer is streamed back. A WebSocket becomes
-   a `Tunnel`.
+3. An ordinary request goes to PVE on a connection of `Backend`, and PVE's answer is streamed back. For a WebSocket
+   `run_tunnel` then passes the bytes on, both ways.
 4. A clone becomes a `CloneJob`, which the handler admits to the `CloneQueue`; then it waits for its event. The main
    thread looks twice a second whether the clients of all clones are still there.
 5. The queue's one worker thread claims the job, posts it to PVE, reads the UPID, waits for the task (by polling its
@@ -293,12 +293,15 @@ HOP_BY_HOP = frozenset(
     b" trailer proxy-authenticate proxy-authorization".split()
 )
 _UNFRAMED_DROP = HOP_BY_HOP | {b"content-length"}
+# These too are the proxy's own business in a request.
+REQUEST_DROP = HOP_BY_HOP | {b"expect", b"x-forwarded-for"}
+_UPGRADE_DROP = REQUEST_DROP - {b"upgrade"}
 # What a Connection field can't make the proxy drop, whatever it names. (Upgrade is dropped or kept for its own reasons.)
 PROTECTED = frozenset(
     b"host content-length content-type authorization cookie set-cookie csrfpreventiontoken upgrade".split()
 )
 # What a field with `_` in its name can't stand for.
-_AMBIGUOUS = HOP_BY_HOP | PROTECTED | {b"expect", b"x-forwarded-for"}
+_AMBIGUOUS = REQUEST_DROP | PROTECTED
 
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -329,14 +332,13 @@ class Stalled(Exception):
     """The peer did not send or take a byte before the deadline."""
 
 
-class SendWatch(NamedTuple):
-    """What may happen while a peer takes no bytes: it has sent some itself, or `events` of another descriptor. The
-    functions may raise to end the wait."""
+class Watch(NamedTuple):
+    """Another descriptor to look at while a socket is waited for: `look` is called on its `events`, and may raise to
+    end the wait."""
 
-    on_readable: Callable[[], None]
     fd: int
     events: int
-    on_events: Callable[[], None]
+    look: Callable[[], None]
 
 
 def within(seconds: float) -> Deadline:
@@ -362,7 +364,7 @@ class Fields:
     `lines` holds each field's lower-case name and its whole line as it came; `values` holds each name's values.
     """
 
-    __slots__ = ("_end_to_end", "lines", "values")
+    __slots__ = ("lines", "values")
 
     def __init__(self, block: bytes) -> None:
         """Parse field lines, each ended by CRLF. Raises Refusal (400 or 431)."""
@@ -376,33 +378,24 @@ class Fields:
             name = field_name.lower()
             self.lines.append((name, line))
             self.values.setdefault(name, []).append(value.strip(b" \t"))
-        self._end_to_end: dict[frozenset[bytes], bytes] = {}
 
     def one(self, name: bytes) -> bytes | None:
         """The value of a field that may stand once. Raises Refusal if it stands twice."""
-        values = self.values.get(name)
-        if values is None:
-            return None
+        values = self.values.get(name, [None])
         if len(values) > 1:
             raise Refusal(400, f"more than one {name.decode()} field")
         return values[0]
 
     def tokens(self, name: bytes) -> set[bytes]:
         """The lower-case elements of a list-valued field (RFC 9110 5.6.1)."""
-        values = self.values.get(name)
-        if values is None:
-            return set()
+        values = self.values.get(name, [])
         return {element.strip(b" \t").lower() for value in values for element in value.split(b",")}
 
     def end_to_end(self, drop: frozenset[bytes]) -> bytes:
         """The lines of the fields that go on to the next hop (RFC 9110 7.6.1): without those in `drop` and those that
         a Connection field names."""
-        lines = self._end_to_end.get(drop)
-        if lines is None:
-            named = self.tokens(b"connection") - PROTECTED
-            lines = b"".join([line for name, line in self.lines if name not in drop and name not in named])
-            self._end_to_end[drop] = lines
-        return lines
+        drop = drop | (self.tokens(b"connection") - PROTECTED)
+        return b"".join([line for name, line in self.lines if name not in drop])
 
     def framing(self, http11: bool) -> int | None:
         """Length of the body by Content-Length, CHUNKED, or None where no field says one (RFC 9112 6). Stricter than
@@ -455,7 +448,7 @@ class MessageReader:
     Used by one thread at a time. Methods raise Refusal on a malformed message, Disconnected and Stalled.
     """
 
-    __slots__ = ("_fd", "_on_watched", "_pending", "_poll", "_read", "_space", "_watched", "buffer", "sock")
+    __slots__ = ("_fd", "_pending", "_poll", "_read", "_space", "_watch", "buffer", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -467,20 +460,18 @@ class MessageReader:
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
         self._space: memoryview | None = None
-        self._watched = -1
-        self._on_watched: Callable[[], None] = lambda: None
+        self._watch: Watch | None = None
 
-    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
-        """While this socket is waited for, call `callback` on `events` of `fd`; it may raise to end the wait."""
-        self._watched = fd
-        self._on_watched = callback
-        self._poll.register(fd, events)
+    def watch(self, watch: Watch) -> None:
+        """Look at another descriptor, too, while this socket is waited for."""
+        self._watch = watch
+        self._poll.register(watch.fd, watch.events)
 
     def unwatch(self) -> None:
         """End what `watch` began. To be called before the watched descriptor is closed."""
-        if self._watched >= 0:
-            self._poll.unregister(self._watched)
-            self._watched = -1
+        if self._watch:
+            self._poll.unregister(self._watch.fd)
+            self._watch = None
 
     def wait(self, deadline: float) -> None:
         """Wait until there is something to read: a byte, the end, or an error."""
@@ -489,9 +480,9 @@ class MessageReader:
             return
         while (seconds := deadline - time.monotonic()) > 0:
             for fd, _ in self._poll.poll(min(seconds, LONGEST_POLL) * 1000):
-                if fd != self._watched:
+                if fd == self._fd or not self._watch:
                     return
-                self._on_watched()
+                self._watch.look()
         raise Stalled
 
     def holds_more(self) -> bool:
@@ -639,9 +630,9 @@ class MessageReader:
         return line
 
 
-def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, watch: SendWatch | None = None) -> None:
-    """Send to a non-blocking socket; the deadline starts anew with every byte taken. `watch` is looked after while the
-    peer takes none. Raises Disconnected and Stalled."""
+def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, watch: Watch | None = None) -> None:
+    """Send to a non-blocking socket; the deadline starts anew with every byte taken. While the peer takes none, `watch`
+    looks at what the peer sends, too. Raises Disconnected and Stalled."""
     while data:
         try:
             sent = sock.send(data)
@@ -654,19 +645,17 @@ def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, watch: SendWa
             raise Disconnected(str(error)) from None
 
 
-def _wait_writable(sock: socket.socket, deadline: float, watch: SendWatch | None) -> None:
+def _wait_writable(sock: socket.socket, deadline: float, watch: Watch | None) -> None:
     poll = select.poll()
     poll.register(sock, select.POLLOUT | (select.POLLIN if watch else 0))
     if watch:
         poll.register(watch.fd, watch.events)
     while (seconds := deadline - time.monotonic()) > 0:
-        for fd, events in poll.poll(min(seconds, LONGEST_POLL) * 1000):
-            if watch and fd == watch.fd:
-                watch.on_events()
-            elif watch and events & select.POLLIN:
-                watch.on_readable()
-            if fd != (watch and watch.fd) and events & ~select.POLLIN:
-                return
+        ready = dict(poll.poll(min(seconds, LONGEST_POLL) * 1000))
+        if ready and watch:
+            watch.look()
+        if ready.get(sock.fileno(), 0) & ~select.POLLIN:
+            return
     raise Stalled
 
 
@@ -678,9 +667,13 @@ def chunked(pieces: Iterable[Bytes]) -> Iterator[Bytes]:
 
 
 class Request:
-    """A request's head that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1. Never changed."""
+    """A request's head that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1. Never changed.
+    `relayed_fields` holds the field lines that go to the backend, clones aside; `upgrade` says whether this is a
+    WebSocket's opening handshake (RFC 6455 4.1)."""
 
-    __slots__ = ("expects_continue", "fields", "http11", "keep_alive", "length", "method", "target")
+    __slots__ = (
+        "expects_continue", "fields", "http11", "keep_alive", "length", "method", "relayed_fields", "target", "upgrade",
+    )  # fmt: skip
 
     def __init__(self, head: bytes) -> None:
         """Parse the lines of a head. Raises Refusal with the status and reason that the client gets."""
@@ -707,23 +700,21 @@ class Request:
         if self.expects_continue and fields.tokens(b"expect") != {b"100-continue"}:
             raise Refusal(417, "an Expect other than 100-continue")
         self.keep_alive = fields.keep_alive(self.http11)
+        # Other upgrades are not offered to the backend: behind an h2c upgrade, say, clones would pass unseen.
+        self.upgrade = (
+            self.method == b"GET"
+            and self.http11
+            and self.length == 0
+            and fields.tokens(b"upgrade") == {b"websocket"}
+            and b"upgrade" in fields.tokens(b"connection")
+        )
+        self.relayed_fields = fields.end_to_end(_UPGRADE_DROP if self.upgrade else REQUEST_DROP)
 
     def path_parts(self) -> list[bytes]:
         """The path as PVE reads it: percent-decoded, then split on `/`, empty parts dropped. Line feeds at its end are
         left out, since `$` in Perl's regular expressions does not mind one."""
         path = urllib.parse.unquote_to_bytes(self.target.partition(b"?")[0]).rstrip(b"\n")
         return [part for part in path.split(b"/") if part]
-
-    def asks_for_websocket(self) -> bool:
-        """Whether this is a WebSocket's opening handshake (RFC 6455 4.1). Other upgrades are not offered to the
-        backend: behind an h2c upgrade, say, clones would pass unseen."""
-        return (
-            self.method == b"GET"
-            and self.http11
-            and self.length == 0
-            and self.fields.tokens(b"upgrade") == {b"websocket"}
-            and b"upgrade" in self.fields.tokens(b"connection")
-        )
 
 
 _kept_request = functools.lru_cache(CACHED_HEADS)(Request)
@@ -834,13 +825,8 @@ POOL_SIZE = 64
 MAX_ANSWER = 1024 * 1024
 
 
-class BackendError(Exception):
+class BackendError(Refusal):
     """The backend gave no (whole, well-formed) answer; `status` is what the client gets: 502 or 504."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
 
 
 class Unreachable(BackendError):
@@ -880,7 +866,6 @@ class Client:
     handler of a clone: its answer is there, or its client has left."""
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
         self.event = threading.Event()
         self._poll = select.poll()
         self._poll.register(fd, GONE_EVENTS)
@@ -889,9 +874,10 @@ class Client:
         """Whether the client has closed its connection, or its sending half."""
         return bool(self._poll.poll(0))
 
-    def leave(self) -> NoReturn:
-        """What a wait for the backend does when the client has gone."""
-        raise ClientGone
+    def check(self) -> None:
+        """Raise ClientGone if it is not."""
+        if self.gone():
+            raise ClientGone
 
 
 class BackendConnection:
@@ -939,11 +925,6 @@ class BackendConnection:
         self._limit = seconds
         self.deadline = lambda: end
 
-    def watch(self, client: Client | None) -> None:
-        """While the backend is waited for, raise ClientGone when the client has gone."""
-        if client:
-            self.reader.watch(client.fd, GONE_EVENTS, client.leave)
-
     def _failure(self, error: Exception) -> BackendError:
         if isinstance(error, Refusal):
             return BackendError(502, f"the backend's answer is malformed: {error.reason}")
@@ -953,7 +934,7 @@ class BackendConnection:
             return StaleConnection(502, "a kept-alive connection was closed")
         return BackendError(502, f"the connection to the backend broke: {printable(str(error))}")
 
-    def send(self, data: Bytes, watch: SendWatch | None = None) -> None:
+    def send(self, data: Bytes, watch: Watch | None = None) -> None:
         """Send all of it."""
         try:
             send_all(self.sock, data, self.deadline, watch)
@@ -1073,14 +1054,14 @@ class Backend:
         for connection in expired:
             connection.close()
 
-    def get(self, target: str, fields: bytes, seconds: float, client: Client | None = None) -> Answer:
-        """The whole answer to a GET, at most `seconds` from now; raises ClientGone if `client` leaves meanwhile."""
+    def get(self, target: str, fields: bytes, seconds: float, watch: Watch | None = None) -> Answer:
+        """The whole answer to a GET, at most `seconds` from now; `watch` may end the wait for it."""
         data = b"GET %b HTTP/1.1\r\n%b\r\n" % (target.encode(), fields)
         connection = self.take()
         if connection:
             with contextlib.suppress(StaleConnection):
-                return self._exchange(connection, b"GET", data, seconds, client)
-        return self._exchange(self.connect(seconds), b"GET", data, seconds, client)
+                return self._exchange(connection, b"GET", data, seconds, watch)
+        return self._exchange(self.connect(seconds), b"GET", data, seconds, watch)
 
     def post(self, data: bytes) -> Answer:
         """The whole answer to a POST given as bytes, on a fresh connection; never sent a second time. Raises
@@ -1090,10 +1071,11 @@ class Backend:
         return self._exchange(connection, b"POST", data, self.silence, None)
 
     def _exchange(
-        self, connection: BackendConnection, method: bytes, data: bytes, seconds: float, client: Client | None
+        self, connection: BackendConnection, method: bytes, data: bytes, seconds: float, watch: Watch | None
     ) -> Answer:
         connection.limit(seconds)
-        connection.watch(client)
+        if watch:
+            connection.reader.watch(watch)
         body = bytearray()
         try:
             connection.send(data)
@@ -1317,7 +1299,7 @@ class CloneJob:
         self.tries = 0
         self.accepted: Answer | None = None  # PVE's answer with the UPID of the task that runs now
         self.failed: Answer | None = None  # PVE's answer to a try whose task failed from contention
-        self.refused_at: float | None = None  # when PVE first said locked
+        self.give_up_at: float | None = None  # -lock-timeout after PVE first said locked
         self.retry_delay = FIRST_RETRY
         self.next_try = 0.0
 
@@ -1387,18 +1369,17 @@ class CloneQueue:
 
     # What handlers call
 
-    def check_room(self, node: str, source: str) -> None:
+    def check_room(self, call: CloneCall) -> None:
         """Raise Refusal if a new clone would find the queue full or closing, before PVE is asked and its body is read.
         Where any client has left, it might be the one that comes back: then `admit` decides."""
         with self._lock:
             if not any(not self._present(job) for jobs in self._by_key.values() for job in jobs):
-                self._make_room(f"node={field_text(node)} vmid={field_text(source)}")
+                self._make_room(call)
 
     def admit(self, job: CloneJob) -> CloneJob:
         """Queue the job, or let its client take over an equal one whose client has left; the one that is to be waited
         for. Raises Refusal if the queue is full or closing."""
         with self._lock:
-            self._forget_old_answers()
             twin = self._abandoned_twin(job.key)
             if twin:
                 twin.client = job.client
@@ -1406,7 +1387,7 @@ class CloneQueue:
                     twin.client.event.set()
                 log.info("CLONE RESUMED: %s (%s)", twin.call, twin.stage.value)
                 return twin
-            self._make_room(str(job.call))
+            self._make_room(job.call)
             # Logged under the lock, so that it can't come behind CLONE START.
             log.info("CLONE QUEUED: %s newid=%s waiting=%d", job.call, job.call.newid or "-", len(self._waiting))
             self._waiting[job] = None
@@ -1433,7 +1414,7 @@ class CloneQueue:
 
     # The parts of the above; the lock is held
 
-    def _make_room(self, call: str) -> None:
+    def _make_room(self, call: CloneCall) -> None:
         """See to it that one more job can wait, if need be in the place of the oldest whose client has left."""
         if self._draining:
             raise _shutting_down()
@@ -1460,10 +1441,7 @@ class CloneQueue:
 
     def _abandoned_twin(self, key: bytes) -> CloneJob | None:
         """The oldest job of an equal request whose client has left."""
-        for job in self._by_key.get(key, ()):
-            if not self._present(job):
-                return job
-        return None
+        return next((job for job in self._by_key.get(key, ()) if not self._present(job)), None)
 
     def _withdraw(self, job: CloneJob, stage: Stage, outcome: str) -> None:
         """Take a waiting job out wherever it waits; PVE never hears of it (again)."""
@@ -1484,8 +1462,7 @@ class CloneQueue:
         job.request = b""
         self._waiting.pop(job, None)
         self._kept[job] = None
-        if outcome in self.totals:
-            self.totals[outcome] += 1
+        self.totals[outcome] += 1
         started = job.first_started_at or job.ended_at
         self.ended += 1
         self.wait_seconds += started - job.queued_at
@@ -1500,13 +1477,6 @@ class CloneQueue:
             twins.remove(job)
             if not twins:
                 del self._by_key[job.key]
-
-    def _forget_old_answers(self) -> None:
-        oldest = time.monotonic() - KEEP_SECONDS
-        for job in list(self._kept):
-            if job.ended_at > oldest and len(self._kept) <= KEEP_COUNT:
-                break
-            self._forget(job)
 
     def _give(self, job: CloneJob, answer: Answer) -> None:
         if not job.delivered:
@@ -1587,9 +1557,8 @@ class CloneQueue:
         """Let the job wait for a lock that somebody else holds, for -lock-timeout and one more try in all."""
         now = time.monotonic()
         with self._lock:
-            first = job.refused_at is None
-            refused_at = job.refused_at = now if job.refused_at is None else job.refused_at
-            over = refused_at + self._settings.lock_timeout
+            first = job.give_up_at is None
+            over = job.give_up_at = now + self._settings.lock_timeout if job.give_up_at is None else job.give_up_at
             park = now < over and not self._draining
             if park:
                 self.totals["lock_retries"] += 1
@@ -1669,11 +1638,8 @@ class CloneQueue:
     def _wait_for_task(self, job: CloneJob, upid: str) -> str | None:
         """The task's exit status; None if nobody can tell any more whether it runs."""
         process = LocalProcess.find(upid)
-        try:
+        with contextlib.closing(process) if process else contextlib.nullcontext():
             return self._poll_until_stopped(job, upid, process)
-        finally:
-            if process:
-                process.close()
 
     def _poll_until_stopped(self, job: CloneJob, upid: str, process: LocalProcess | None) -> str | None:
         settings = self._settings
@@ -1693,14 +1659,18 @@ class CloneQueue:
                 time.sleep(pause)
             now = time.monotonic()
             # Before the deadline a silent backend must not hold up the client's 504 for long.
-            line, exit_status = self._poll(job, upid, max(1.0, deadline - now) if now < deadline else LONGEST_POLL)
-            if exit_status is not None:
-                return exit_status
+            seconds = max(1.0, deadline - now) if now < deadline else settings.request_timeout
+            try:
+                exit_status = self._poll(job, upid, min(seconds, settings.request_timeout))
+                if exit_status is not None:
+                    return exit_status
+                level, line = logging.INFO, "TASK POLLING: status=running"
+                last_success = time.monotonic()
+            except BackendError as error:
+                level, line = logging.WARNING, f"TASK POLL ERROR: {job.call}: {error.reason}"
             now = time.monotonic()
-            if line.startswith("TASK POLLING"):
-                last_success = now
             if now >= next_line:
-                log.log(logging.INFO if last_success == now else logging.WARNING, line)
+                log.log(level, line)
                 next_line = now + settings.poll_delay
             if now >= deadline:
                 self._time_out(job, upid)
@@ -1713,24 +1683,21 @@ class CloneQueue:
         longest = max(self._settings.poll_delay, 0.01)
         return longest if watched else min(longest, max(SHORTEST_POLL, elapsed / 10))
 
-    def _poll(self, job: CloneJob, upid: str, seconds: float) -> tuple[str, str | None]:
-        """Ask PVE for the task's status: a line for the log, and the exit status if it has stopped."""
+    def _poll(self, job: CloneJob, upid: str, seconds: float) -> str | None:
+        """Ask PVE for the task's exit status; None while it runs. Raises BackendError if PVE doesn't say."""
         match = _UPID_NODE.match(upid)
         node = urllib.parse.quote(match[1] if match else job.call.node.encode("latin-1"), safe="")
         target = f"/api2/json/nodes/{node}/tasks/{urllib.parse.quote(upid, safe='')}/status"
-        try:
-            answer = self._backend.get(target, job.poll_fields, min(seconds, self._settings.request_timeout))
-        except BackendError as error:
-            return f"TASK POLL ERROR: {job.call}: {error.reason}", None
+        answer = self._backend.get(target, job.poll_fields, seconds)
         data = answer.json_field("data")
         if answer.response.status != 200 or not isinstance(data, dict):
-            return f"TASK POLL ERROR: {job.call}: {answer.response}", None
+            raise BackendError(502, str(answer.response))
         exit_status = data.get("exitstatus", "")
         if data.get("status") == "stopped" and isinstance(exit_status, str):
-            return "", exit_status
-        if data.get("status") == "running":
-            return "TASK POLLING: status=running", None
-        return f"TASK POLL ERROR: {job.call}: the task's status is neither running nor stopped", None
+            return exit_status
+        if data.get("status") != "running":
+            raise BackendError(502, "the task's status is neither running nor stopped")
+        return None
 
     def _time_out(self, job: CloneJob, upid: str) -> None:
         """Tell the client, once, that its task is taking too long. The queue is held by the task all the same."""
@@ -1762,11 +1729,15 @@ class CloneQueue:
     def look_around(self) -> None:
         """Notice the clients that have left, and forget the answers that nobody has come back for. To be called twice
         a second: one thread that looks after all costs less than a hundred that each look after one."""
+        oldest = time.monotonic() - KEEP_SECONDS
         with self._lock:
-            for jobs in list(self._by_key.values()):
+            for jobs in self._by_key.values():
                 for job in jobs:
                     self._present(job)
-            self._forget_old_answers()
+            for job in list(self._kept):
+                if job.ended_at > oldest and len(self._kept) <= KEEP_COUNT:
+                    break
+                self._forget(job)
 
     def drain(self) -> None:
         """Start no more clones: those that wait are answered with 503, or with the answer to their failed task."""
@@ -1806,13 +1777,7 @@ HALF_CLOSED_SECONDS = 300.0  # silence after which a tunnel that is closed on on
 MAX_CLONE_BODY = 512 * 1024  # PVE's own limit
 TUNNEL_BUFFER = 64 * 1024
 
-_REQUEST_DROP = HOP_BY_HOP | {b"expect", b"x-forwarded-for"}
-_CLONE_DROP = _REQUEST_DROP | {b"content-length"}
-_UPGRADE_DROP = _REQUEST_DROP - {b"upgrade"}
-
-
-class _EarlyAnswer(Exception):
-    """The backend answered before it had the whole request."""
+_CLONE_DROP = REQUEST_DROP | {b"content-length"}
 
 
 def keep_tcp_alive(sock: socket.socket) -> None:
@@ -1865,42 +1830,34 @@ class _Flow:
             socket.socket.shutdown(self.sink, socket.SHUT_WR)
 
 
-class Tunnel:
-    """The bytes of an upgraded connection, both ways, until both sides have ended or one broke. No idle limit."""
+def run_tunnel(client: MessageReader, backend: MessageReader) -> None:
+    """Relay the bytes of an upgraded connection, both ways, until both sides have ended or one broke. No idle limit.
+    Bytes behind either head are still in the readers' buffers."""
+    up = _Flow(client.sock, backend.sock, client.buffer)
+    down = _Flow(backend.sock, client.sock, backend.buffer)
+    with contextlib.suppress(OSError):
+        while not (up.sink_ended and down.sink_ended):
+            up.move()
+            down.move()
+            if not _wait_for_flow(up, down):
+                return
 
-    def __init__(self, client: MessageReader, backend: MessageReader) -> None:
-        """Bytes behind either head are still in the readers' buffers."""
-        self._up = _Flow(client.sock, backend.sock, client.buffer)
-        self._down = _Flow(backend.sock, client.sock, backend.buffer)
 
-    def run(self) -> None:
-        """Relay until the end."""
-        poll = select.poll()
-        for flow in (self._up, self._down):
-            poll.register(flow.source, 0)
-        with contextlib.suppress(OSError):
-            while not (self._up.sink_ended and self._down.sink_ended):
-                self._up.move()
-                self._down.move()
-                if not self._wait(poll):
-                    return
-
-    def _wait(self, poll: select.poll) -> bool:
-        """Wait until something can move; False when the tunnel is over."""
-        sources: dict[int, _Flow] = {}
-        for flow, opposite in ((self._up, self._down), (self._down, self._up)):
-            events = select.POLLIN if flow.wants_to_read() else 0
-            events |= select.POLLOUT if opposite.buffer else 0
-            poll.modify(flow.source, events)
-            sources[flow.source.fileno()] = flow
-            if flow.wants_to_read() and isinstance(flow.source, ssl.SSLSocket) and flow.source.pending():
-                return True
-        half_closed = self._up.source_ended or self._down.source_ended
-        ready = poll.poll(HALF_CLOSED_SECONDS * 1000 if half_closed else None)
-        for fd, events in ready:
-            if events & (select.POLLHUP | select.POLLERR) and not sources[fd].wants_to_read():
-                return False
-        return bool(ready)
+def _wait_for_flow(up: _Flow, down: _Flow) -> bool:
+    """Wait until something can move; False when the tunnel is over."""
+    poll = select.poll()
+    for flow, opposite in ((up, down), (down, up)):
+        events = select.POLLIN if flow.wants_to_read() else 0
+        events |= select.POLLOUT if opposite.buffer else 0
+        poll.register(flow.source, events)
+        if flow.wants_to_read() and isinstance(flow.source, ssl.SSLSocket) and flow.source.pending():
+            return True
+    half_closed = up.source_ended or down.source_ended
+    ready = dict(poll.poll(HALF_CLOSED_SECONDS * 1000 if half_closed else None))
+    for flow in (up, down):
+        if ready.get(flow.source.fileno(), 0) & (select.POLLHUP | select.POLLERR) and not flow.wants_to_read():
+            return False
+    return bool(ready)
 
 
 class ConnectionHandler(http.server.BaseHTTPRequestHandler):
@@ -1909,7 +1866,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
     server: ConnectionServer
 
     def setup(self) -> None:
-        """Count the connection in. What can fail comes later, in `handle`."""
+        """Join the server's handlers. What can fail comes later, in `handle`."""
         self.sock: socket.socket = self.request
         self.silence = self.server.silence
         self.deadline = within(self.silence)
@@ -1932,6 +1889,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
             self.sock.setblocking(False)
             self.reader = MessageReader(self.sock)
             self.client = Client(self.sock.fileno())
+            self.client_watch = Watch(self.sock.fileno(), GONE_EVENTS, self.client.check)
             self.close_connection = False
             while not self.close_connection:
                 self.handle_one_request()
@@ -1978,8 +1936,6 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = not self.server.enter_idle(self)
         except Refusal as refusal:
             self.refuse(refusal)
-        except BackendError as error:
-            self.refuse(Refusal(error.status, error.reason))
         except Stalled:
             self.refuse(Refusal(408, f"the request did not arrive within {self.silence:g} s of silence"))
         except (Disconnected, ClientGone):
@@ -2044,9 +2000,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
 
     def respond_whole(self, request: Request | None, answer: Answer) -> None:
         """Send an answer that is here already."""
-        if request and request.method == b"HEAD":
-            self.respond(request, answer.response, b"", ())
-        elif answer.response.length == CHUNKED:
+        if answer.response.length == CHUNKED:
             self.respond(request, answer.response, b"", (answer.body,) if answer.body else ())
         else:
             self.respond(request, answer.response, answer.body, ())
@@ -2113,9 +2067,9 @@ class ProxyHandler(ConnectionHandler):
             return plain_address(values[-1].decode("latin-1").rpartition(",")[2].strip(" \t")) or self.peer
         return self.peer
 
-    def _backend_fields(self, request: Request, drop: frozenset[bytes]) -> bytes:
-        """The field lines that go to the backend."""
-        lines = b"%bX-Forwarded-For: %b\r\n" % (request.fields.end_to_end(drop), self.forwarded_for.encode())
+    def _backend_fields(self, request: Request, lines: bytes) -> bytes:
+        """The field lines that go to the backend: those of the request, and what the proxy adds to them."""
+        lines = b"%bX-Forwarded-For: %b\r\n" % (lines, self.forwarded_for.encode())
         if b"host" in request.fields.values:
             return lines
         return self.server.backend.host_line + lines
@@ -2125,9 +2079,8 @@ class ProxyHandler(ConnectionHandler):
     def relay(self, request: Request) -> None:
         """Send the request on and stream the answer back."""
         begin = time.monotonic()
-        upgrade = b"upgrade" in request.fields.values and request.asks_for_websocket()
         try:
-            connection, response = self._open(request, upgrade)
+            connection, response = self._open(request)
         except BackendError:
             self.server.count_backend_error()
             raise
@@ -2150,35 +2103,35 @@ class ProxyHandler(ConnectionHandler):
             log.info("RELAYED: %s %s status=%d bytes=%d time=%.3fs", printable(request.method), path, response.status,
                      self.sent, time.monotonic() - begin)  # fmt: skip
 
-    def _open(self, request: Request, upgrade: bool) -> tuple[BackendConnection, Response]:
+    def _open(self, request: Request) -> tuple[BackendConnection, Response]:
         """Send the request and read the head of its final answer. Only a safe request without a body may go out on a
         kept-alive connection, and a second time if that turns out closed."""
-        fields = self._backend_fields(request, _UPGRADE_DROP if upgrade else _REQUEST_DROP)
-        if upgrade:
+        fields = self._backend_fields(request, request.relayed_fields)
+        if request.upgrade:
             fields += b"Connection: Upgrade\r\n"
         elif request.length == CHUNKED:
             fields += b"Transfer-Encoding: chunked\r\n"
         head = b"%b %b HTTP/1.1\r\n%b\r\n" % (request.method, request.target, fields)
         backend = self.server.backend
-        if request.length == 0 and request.method in SAFE_METHODS and not upgrade:
+        if request.length == 0 and request.method in SAFE_METHODS and not request.upgrade:
             connection = backend.take()
             if connection:
                 try:
-                    return connection, self._ask(connection, request, head, upgrade)
+                    return connection, self._ask(connection, request, head)
                 except StaleConnection:
                     pass
         connection = backend.connect()
-        return connection, self._ask(connection, request, head, upgrade)
+        return connection, self._ask(connection, request, head)
 
-    def _ask(self, connection: BackendConnection, request: Request, head: bytes, upgrade: bool) -> Response:
+    def _ask(self, connection: BackendConnection, request: Request, head: bytes) -> Response:
         on_interim = self._pass_on if request.http11 else _ignore
         try:
             if request.length:
                 self._upload(connection, request, head, on_interim)
             else:
                 connection.send(head)
-            connection.watch(self.client)
-            return connection.response(request.method, upgrade, on_interim)
+            connection.reader.watch(self.client_watch)
+            return connection.response(request.method, request.upgrade, on_interim)
         except BaseException:
             connection.close()
             raise
@@ -2199,29 +2152,29 @@ class ProxyHandler(ConnectionHandler):
             head += next(pieces)
 
         answer = connection.reader.buffer
+        early = BackendError(502, "the backend answered before it had the whole request")
 
         def look_for_answer() -> None:
+            self.client.check()
             try:
                 connection.reader.fill_now()
             except Disconnected:
-                raise _EarlyAnswer from None
+                raise early from None
             while answer.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in answer:
                 on_interim(connection.response_head(request.method))
             if not b"HTTP/1.1 1".startswith(answer[:10]) or len(answer) > MAX_HEAD:
-                raise _EarlyAnswer
+                raise early
 
-        watch = SendWatch(look_for_answer, self.client.fd, GONE_EVENTS, self.client.leave)
-        self.reader.watch(connection.sock.fileno(), select.POLLIN, look_for_answer)
+        watch = self.client_watch._replace(look=look_for_answer)
+        self.reader.watch(Watch(connection.sock.fileno(), select.POLLIN, look_for_answer))
         try:
             connection.send(head, watch)
             for piece in pieces:
                 connection.send(piece, watch)
-        except _EarlyAnswer:
-            self._leave_body_unread()
         except BackendError as error:
             if error.status != 502:
                 raise
-            # It closed; what it said before can still be read.
+            # It answered already, or it closed: what it said before can still be read.
             self._leave_body_unread()
         finally:
             self.reader.unwatch()
@@ -2251,13 +2204,12 @@ class ProxyHandler(ConnectionHandler):
     def _tunnel(self, connection: BackendConnection, response: Response) -> None:
         """Pass on the 101 and every byte after it."""
         self.close_connection = True
-        connection.reader.unwatch()
         keep_tcp_alive(connection.sock)
         fields = response.fields.end_to_end(HOP_BY_HOP - {b"upgrade"})
         head = b"HTTP/1.1%b\r\n%bConnection: Upgrade\r\n\r\n" % (response.status_line, fields)
         send_all(self.sock, head, self.deadline)
         if self.server.begin_tunnel(self):
-            Tunnel(self.reader, connection.reader).run()
+            run_tunnel(self.reader, connection.reader)
 
     # Clones
 
@@ -2266,20 +2218,20 @@ class ProxyHandler(ConnectionHandler):
         clones = self.server.clones
         if request.length > MAX_CLONE_BODY:
             raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
-        clones.check_room(node, source)
-        # Before the body is read: strangers shall not fill the memory either.
+        call = CloneCall(kind, node, source, "", user_of(request.fields))
+        clones.check_room(call)
         credentials = self._poll_fields(request)
-        denied = self._check_login(credentials)
-        if denied:
+        # Strangers must not fill the queue, nor the memory with a body. PVE takes 3 s to say 401, in this thread's time.
+        login = self.server.backend.get("/api2/json/version", credentials, self.silence, self.client_watch)
+        if login.response.status == 401:
             if request.length:
                 self._leave_body_unread()
-            self.respond_whole(request, denied)
+            self.respond_whole(request, login)
             return
         body = self._clone_body(request)
-        call = CloneCall(kind, node, source, newid_of(request, body), user_of(request.fields))
+        call = call._replace(newid=newid_of(request, body))
         client = Client(self.sock.fileno())
-        job = self._job(request, call, body, credentials, client)
-        job = clones.admit(job)
+        job = clones.admit(self._job(request, call, body, credentials, client))
         try:
             client.event.wait()
             answer = clones.collect(job, client)
@@ -2308,18 +2260,13 @@ class ProxyHandler(ConnectionHandler):
         return self.server.backend.host_line + credentials + forwarded_for
 
     def _job(self, request: Request, call: CloneCall, body: bytes, poll_fields: bytes, client: Client) -> CloneJob:
-        fields = b"%bContent-Length: %d\r\n" % (self._backend_fields(request, _CLONE_DROP), len(body))
+        fields = self._backend_fields(request, request.fields.end_to_end(_CLONE_DROP))
+        fields = b"%bContent-Length: %d\r\n" % (fields, len(body))
         data = b"POST %b HTTP/1.1\r\n%b\r\n%b" % (request.target, fields, body)
         credentials = [request.fields.values.get(name) for name in (b"authorization", b"cookie", b"csrfpreventiontoken")]
         key = hashlib.sha256(repr((request.target, credentials, len(body))).encode())
         key.update(body)
         return CloneJob(call, data, poll_fields, key.digest(), client)
-
-    def _check_login(self, poll_fields: bytes) -> Answer | None:
-        """PVE's 401 if it does not know these credentials: strangers must not fill the queue. PVE takes 3 s to say
-        so, in this handler's time."""
-        answer = self.server.backend.get("/api2/json/version", poll_fields, self.silence, self.client)
-        return answer if answer.response.status == 401 else None
 
 
 # Server: listening, the number of connections, and the end of them all.
@@ -2338,36 +2285,14 @@ class ListenError(Exception):
 def listen_on(address: tuple[str, int]) -> socket.socket:
     """A listening socket; without a host on all addresses, IPv4 and IPv6 in one socket. Raises ListenError."""
     host, port = address
+    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:
-        if not host:
-            return _listen(socket.AF_INET6, ("::", port)) if _has_ipv6() else _listen(socket.AF_INET, ("0.0.0.0", port))
-        family, _, _, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return _listen(family, resolved)
-    except (OSError, UnicodeError) as error:
+        found = socket.getaddrinfo(host or everywhere, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, resolved = found[0]
+        both = resolved[0] == "::"
+        return socket.create_server(resolved, family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
+    except (OSError, ValueError) as error:
         raise ListenError(f"cannot listen on {host}:{port}: {_reason(error)}") from None
-
-
-def _has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::", 0))
-    except OSError:
-        return False
-    return True
-
-
-def _listen(family: int, address: Any) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
-        listener.bind(address)
-        listener.listen(LISTEN_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def is_local(listener: socket.socket) -> bool:
@@ -2411,7 +2336,7 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
         self._handlers: set[ConnectionHandler] = set()
         self._idle: dict[ConnectionHandler, None] = {}
         self._tunnels: set[ConnectionHandler] = set()
-        self._starting = 0  # accepted, and not yet in `_handlers`
+        self._connections = 0  # also those that are not yet, or no longer, in `_handlers`
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Without a free descriptor, wait a little: the listening socket stays readable and would spin."""
@@ -2424,29 +2349,25 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Refuse a thread to what is far beyond the limit."""
+        """Count a connection in, and refuse a thread to what is far beyond the limit."""
         with self._lock:
-            return len(self._handlers) + self._starting < MAX_CONNECTIONS + SPARE_THREADS
+            self._connections += 1
+            return self._connections <= MAX_CONNECTIONS + SPARE_THREADS
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread."""
+    def shutdown_request(self, request: Any) -> None:
+        """Count a connection out: it was refused or got no thread, or its handler is done."""
+        super().shutdown_request(request)
         with self._lock:
-            self._starting += 1
-        try:
-            super().process_request(request, client_address)
-        except BaseException:
-            with self._lock:
-                self._starting -= 1
-            raise
+            self._connections -= 1
+            self._changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What is left over when even a handler's own error handling failed."""
         log.exception("unexpected failure in a connection")
 
     def register(self, handler: ConnectionHandler) -> bool:
-        """Count a new connection in; False if it is one too many."""
+        """Note a new connection's handler; False if it is one too many."""
         with self._lock:
-            self._starting -= 1
             self._handlers.add(handler)
             if len(self._handlers) > MAX_CONNECTIONS:
                 oldest = next(iter(self._idle), None)
@@ -2457,12 +2378,11 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
             return True
 
     def unregister(self, handler: ConnectionHandler) -> None:
-        """Count a connection out that is about to be closed."""
+        """Forget the handler of a connection that is about to be closed."""
         with self._lock:
             self._handlers.discard(handler)
             self._idle.pop(handler, None)
             self._tunnels.discard(handler)
-            self._changed.notify_all()
 
     def _end_idle(self, handler: ConnectionHandler) -> None:
         del self._idle[handler]
@@ -2480,10 +2400,8 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
     def leave_idle(self, handler: ConnectionHandler) -> bool:
         """A request is complete enough to be answered; False if the connection was ended meanwhile."""
         with self._lock:
-            if handler.crowded:
-                return True
             if handler not in self._idle:
-                return False
+                return handler.crowded
             del self._idle[handler]
             return True
 
@@ -2521,18 +2439,12 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
     def wait_until_closed(self, deadline: float) -> bool:
         """Wait for all connections to close; False if some are left at the deadline."""
         with self._lock:
-            return self._changed.wait_for(lambda: not self._handlers and not self._starting, max(0.0, deadline - time.monotonic()))
+            return self._changed.wait_for(lambda: not self._connections, max(0.0, deadline - time.monotonic()))
 
 
 def _bind(thread_id: int, cpus: set[int]) -> None:
     with contextlib.suppress(OSError):  # not permitted, or those CPUs have just been taken from this process
         os.sched_setaffinity(thread_id, cpus)
-
-
-def _current_cpu() -> int:
-    """Field 39 of proc_pid_stat(5); the command's name before it may hold anything, blanks and parentheses too."""
-    with open("/proc/thread-self/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[36])
 
 
 class ProxyServer(ConnectionServer):
@@ -2556,7 +2468,7 @@ class ProxyServer(ConnectionServer):
         self._backend_errors = 0
 
     def register(self, handler: ConnectionHandler) -> bool:
-        """Count a new connection in; False if it is one too many."""
+        """Note a new connection's handler; False if it is one too many."""
         admitted = super().register(handler)
         with self._lock:
             if self._cpus:
@@ -2572,12 +2484,11 @@ class ProxyServer(ConnectionServer):
         """
         with self._lock:
             relayed = sum(self._relayed)
-            busy = relayed - self._relayed_before > BUSY
+            busy = relayed - self._relayed_before > BUSY and len(self._handlers) > 1
             self._relayed_before = relayed
-            busy = busy and len(self._handlers) > 1
             if busy == bool(self._cpus):
                 return
-            self._cpus = {_current_cpu()} if busy else None
+            self._cpus = {ctypes.CDLL(None).sched_getcpu()} if busy else None
             for handler in self._handlers:
                 _bind(handler.thread_id, self._cpus or os.sched_getaffinity(0))
 
@@ -2613,18 +2524,14 @@ class Systemd:
         self._path = "\0" + path[1:] if path and path.startswith("@") else path
         self._status = ""
 
-    def send(self, text: str, descriptors: Iterable[int] = ()) -> None:
+    def send(self, text: str, *descriptors: int) -> None:
         """Send assignments, with descriptors for the store."""
         if not self._path:
             return
-        fds = list(descriptors)
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.setblocking(False)  # a manager that does not listen must not hold up anything
             notify.connect(self._path)
-            if fds:
-                socket.send_fds(notify, [text.encode()], fds)
-            else:
-                notify.send(text.encode())
+            socket.send_fds(notify, [text.encode()], list(descriptors))
 
     def status(self, text: str) -> None:
         """The line that `systemctl status` shows."""
@@ -2634,7 +2541,7 @@ class Systemd:
 
     def keep(self, listener: socket.socket) -> None:
         """Put the listening socket into the descriptor store, so that it outlives this process at a restart."""
-        self.send("FDSTORE=1\nFDNAME=listen", [listener.fileno()])
+        self.send("FDSTORE=1\nFDNAME=listen", listener.fileno())
 
     def take_back(self, address: tuple[str, int]) -> socket.socket | None:
         """The listening socket that the store kept (sd_listen_fds(3)), if it is still the one that is wanted."""
@@ -2852,7 +2759,8 @@ class StatusHandler(ConnectionHandler):
             "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
             f"Content-Security-Policy: {STATUS_POLICY}\r\n"
         )
-        self.respond_whole(request, Answer(Response(head.encode(), request.method), body))
+        response = Response(head.encode(), request.method)
+        self.respond_whole(request, Answer(response, b"" if request.method == b"HEAD" else body))
 
 
 # main
