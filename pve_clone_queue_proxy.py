@@ -37,6 +37,7 @@ import hashlib
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -275,8 +276,8 @@ _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 MAX_LINE = 16 * 1024
 MAX_HEAD = 64 * 1024
 MAX_FIELDS = 100
-MAX_CACHED = 4096  # bytes of a head whose parsed form is kept in memory
-CACHED_HEADS = 256
+MAX_CACHED = 2048  # bytes of a head whose parsed form is kept in memory
+CACHED_HEADS = 64
 MAX_CHUNK_LINE = 256
 MAX_INTERIM = 10
 RECEIVE_SIZE = 16 * 1024
@@ -550,15 +551,16 @@ class MessageReader:
             if length == CHUNKED:
                 yield from self._chunks(deadline)
             elif length == UNTIL_CLOSE:
-                yield from self._until_close(deadline)
+                with contextlib.suppress(EndOfStream):
+                    yield from self._exactly(sys.maxsize, deadline)
             else:
                 yield from self._exactly(length, deadline)
         finally:
             self._space = None
 
     def _receive(self, size: int, deadline: Deadline) -> memoryview:
-        if self._space is None:
-            self._space = memoryview(bytearray(PIECE_SIZE))
+        if self._space is None:  # small until it has been filled: many clients may announce bodies that never come
+            self._space = memoryview(bytearray(RECEIVE_SIZE))
         space = self._space[:size]
         while True:
             try:
@@ -570,7 +572,10 @@ class MessageReader:
                 raise Disconnected(str(error)) from None
             if not count:
                 raise EndOfStream("the connection was closed")
-            return space[: self._receive_more(space, count)]
+            count = self._receive_more(space, count)
+            if count == len(self._space) < PIECE_SIZE:
+                self._space = memoryview(bytearray(PIECE_SIZE))
+            return space[:count]
 
     def _receive_more(self, space: memoryview, count: int) -> int:
         """TLS hands out records of 16 KiB: add those that are there, since fewer and larger sends are faster."""
@@ -590,17 +595,6 @@ class MessageReader:
             else:
                 piece = self._receive(length, deadline)
             length -= len(piece)
-            yield piece
-
-    def _until_close(self, deadline: Deadline) -> Iterator[Bytes]:
-        if self.buffer:
-            yield bytes(self.buffer)
-            self.buffer.clear()
-        while True:
-            try:
-                piece = self._receive(PIECE_SIZE, deadline)
-            except EndOfStream:
-                return
             yield piece
 
     def _chunks(self, deadline: Deadline) -> Iterator[Bytes]:
@@ -662,7 +656,8 @@ def _wait_writable(sock: socket.socket, deadline: float, watch: Watch | None) ->
 def chunked(pieces: Iterable[Bytes]) -> Iterator[Bytes]:
     """The chunked transfer coding of a body (RFC 9112 7.1)."""
     for piece in pieces:
-        yield b"".join((b"%x\r\n" % len(piece), piece, b"\r\n"))
+        if piece:
+            yield b"".join((b"%x\r\n" % len(piece), piece, b"\r\n"))
     yield b"0\r\n\r\n"
 
 
@@ -790,6 +785,12 @@ def parse_response(head: bytes, method: bytes) -> Response:
     return _kept_response(head, method) if len(head) <= MAX_CACHED else Response(head, method)
 
 
+def forget_heads() -> None:
+    """Keep none of the heads, and so none of the credentials, that have been parsed."""
+    _kept_request.cache_clear()
+    _kept_response.cache_clear()
+
+
 class Answer(NamedTuple):
     """A whole response that is small enough to be kept."""
 
@@ -831,6 +832,10 @@ class BackendError(Refusal):
 
 class Unreachable(BackendError):
     """No connection could be made: nothing was sent."""
+
+
+class Broken(BackendError):
+    """The connection ended too early, or the answer came too early; what came before may still be an answer."""
 
 
 class StaleConnection(BackendError):
@@ -932,7 +937,7 @@ class BackendConnection:
             return BackendError(504, f"the backend gave no answer within {self._limit:g} s")
         if self._may_be_stale:
             return StaleConnection(502, "a kept-alive connection was closed")
-        return BackendError(502, f"the connection to the backend broke: {printable(str(error))}")
+        return Broken(502, f"the connection to the backend broke: {printable(str(error))}")
 
     def send(self, data: Bytes, watch: Watch | None = None) -> None:
         """Send all of it."""
@@ -1358,6 +1363,7 @@ class CloneQueue:
         self._waiting: dict[CloneJob, None] = {}  # WAITING and PARKED, in order of arrival
         self._running: CloneJob | None = None
         self._parked: dict[str, deque[CloneJob]] = {}  # a line for each locked source, its head to be tried next
+        self._new_is_next = False  # the last try was one of a parked job
         self._by_key: dict[bytes, list[CloneJob]] = {}  # what could be taken over, oldest first
         self._kept: dict[CloneJob, None] = {}  # ended and not delivered, oldest first
         self._history: deque[CloneJob] = deque(maxlen=HISTORY)  # what has ended, the newest last
@@ -1459,7 +1465,7 @@ class CloneQueue:
         job.stage = stage
         job.outcome = outcome
         job.ended_at = time.monotonic()
-        job.request = b""
+        job.request = job.poll_fields = b""
         self._waiting.pop(job, None)
         self._kept[job] = None
         self.totals[outcome] += 1
@@ -1504,23 +1510,26 @@ class CloneQueue:
                 self._finish(job, result)
 
     def _next(self) -> CloneJob:
-        """The job whose turn it is: a parked one that is due, else the next new one of a source without a line."""
+        """The job whose turn it is: a parked one that is due, then a new one of a source without a line, and so on: PVE
+        may take 10 s to say locked, and neither kind shall keep the other waiting."""
         while True:
             with self._lock:
                 line = min(self._parked.values(), key=lambda line: line[0].next_try, default=None)
                 wait = line[0].next_try - time.monotonic() if line else None
-                if line and wait is not None and wait <= 0:
+                if line and wait is not None and wait <= 0 and not (self._new_is_next and not self.incoming.empty()):
+                    self._new_is_next = True
                     job = line.popleft()
                     if not line:
                         del self._parked[job.call.source]
                     return job
             try:
-                job = self.incoming.get(timeout=wait)
+                job = self.incoming.get(timeout=max(0.0, wait) if wait is not None else None)
             except queue.Empty:
                 continue
             with self._lock:
                 line = self._parked.get(job.call.source)
                 if line is None:
+                    self._new_is_next = False
                     return job
                 if job.stage is Stage.WAITING:
                     line.append(job)
@@ -1855,8 +1864,12 @@ def _wait_for_flow(up: _Flow, down: _Flow) -> bool:
     half_closed = up.source_ended or down.source_ended
     ready = dict(poll.poll(HALF_CLOSED_SECONDS * 1000 if half_closed else None))
     for flow in (up, down):
-        if ready.get(flow.source.fileno(), 0) & (select.POLLHUP | select.POLLERR) and not flow.wants_to_read():
-            return False
+        events = ready.get(flow.source.fileno(), 0)
+        if events & (select.POLLHUP | select.POLLERR) and not flow.wants_to_read():
+            if events & select.POLLERR or not flow.buffer:
+                return False
+            poll.unregister(flow.source)  # it has closed, but what it said before has yet to be sent
+            return bool(poll.poll(HALF_CLOSED_SECONDS * 1000))
     return bool(ready)
 
 
@@ -1888,8 +1901,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
                 self._start_tls(self.server.tls)
             self.sock.setblocking(False)
             self.reader = MessageReader(self.sock)
-            self.client = Client(self.sock.fileno())
-            self.client_watch = Watch(self.sock.fileno(), GONE_EVENTS, self.client.check)
+            self.client_watch = Watch(self.sock.fileno(), GONE_EVENTS, Client(self.sock.fileno()).check)
             self.close_connection = False
             while not self.close_connection:
                 self.handle_one_request()
@@ -1940,7 +1952,6 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
             self.refuse(Refusal(408, f"the request did not arrive within {self.silence:g} s of silence"))
         except (Disconnected, ClientGone):
             self.close_connection = True
-            self.abort_response()
         except Exception:
             log.exception("unexpected failure in a request of %s", self.peer)
             self.refuse(Refusal(500, "unexpected failure in the proxy"))
@@ -1975,14 +1986,17 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         """Answer one request. A subclass does it."""
         raise NotImplementedError
 
-    def respond(self, request: Request | None, response: Response, first: bytes, pieces: Iterable[Bytes]) -> None:
+    def respond(self, request: Request | None, response: Response, first: bytes, pieces: Iterable[Bytes] = ()) -> None:
         """Send an answer, framed for this client. What is there of its body, `first`, goes out with the head."""
         head = response.relayed_head
+        until_close = False
         if response.length == CHUNKED and request and request.http11:
             head += b"Transfer-Encoding: chunked\r\n"
-            pieces = chunked(pieces)
+            pieces = chunked(itertools.chain((first,), pieces))
+            first = b""
         elif response.length < 0:
-            self.close_connection = True
+            self.close_connection = until_close = True
+            self._close_by_reset(True)
         if self.server.draining:
             self.close_connection = True
         if self.close_connection:
@@ -1997,36 +2011,30 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
             send_all(self.sock, piece, self.deadline)
             self.sent += len(piece)
         self.responding = False
+        if until_close:
+            self._close_by_reset(False)
 
-    def respond_whole(self, request: Request | None, answer: Answer) -> None:
-        """Send an answer that is here already."""
-        if answer.response.length == CHUNKED:
-            self.respond(request, answer.response, b"", (answer.body,) if answer.body else ())
-        else:
-            self.respond(request, answer.response, answer.body, ())
+    def _close_by_reset(self, on: bool) -> None:
+        """An answer that ends with the connection must not look whole when it is cut off, even by the end of the
+        process."""
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer with an error and close; if an answer has begun already, cut it off."""
         self.close_connection = True
         if self.responding:
-            self.abort_response()
             return
         with contextlib.suppress(Disconnected, Stalled):
-            self.respond_whole(None, error_answer(refusal))
+            self.respond(None, *error_answer(refusal))
             self.linger()
-
-    def abort_response(self) -> None:
-        """If an answer has begun, see to it that it can't be taken for complete: close with a RST."""
-        if self.responding:
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def linger(self) -> None:
         """Let a client that is still sending read its answer: closing at once would destroy it by a RST (RFC 9112
         9.6). What arrives is dropped, undecrypted."""
         self.close_connection = True
         deadline = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError, Stalled):
+        with contextlib.suppress(OSError):
             close_notify(self.sock)
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
             poll = select.poll()
@@ -2152,15 +2160,17 @@ class ProxyHandler(ConnectionHandler):
             head += next(pieces)
 
         answer = connection.reader.buffer
-        early = BackendError(502, "the backend answered before it had the whole request")
+        early = Broken(502, "the backend answered before it had the whole request")
 
         def look_for_answer() -> None:
-            self.client.check()
+            self.client_watch.look()
             try:
                 connection.reader.fill_now()
             except Disconnected:
                 raise early from None
             while answer.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in answer:
+                if answer.startswith(b"HTTP/1.1 101"):
+                    raise early
                 on_interim(connection.response_head(request.method))
             if not b"HTTP/1.1 1".startswith(answer[:10]) or len(answer) > MAX_HEAD:
                 raise early
@@ -2171,9 +2181,7 @@ class ProxyHandler(ConnectionHandler):
             connection.send(head, watch)
             for piece in pieces:
                 connection.send(piece, watch)
-        except BackendError as error:
-            if error.status != 502:
-                raise
+        except Broken:
             # It answered already, or it closed: what it said before can still be read.
             self._leave_body_unread()
         finally:
@@ -2226,7 +2234,7 @@ class ProxyHandler(ConnectionHandler):
         if login.response.status == 401:
             if request.length:
                 self._leave_body_unread()
-            self.respond_whole(request, login)
+            self.respond(request, *login)
             return
         body = self._clone_body(request)
         call = call._replace(newid=newid_of(request, body))
@@ -2237,7 +2245,7 @@ class ProxyHandler(ConnectionHandler):
             answer = clones.collect(job, client)
             if answer is None:
                 raise ClientGone
-            self.respond_whole(request, answer)
+            self.respond(request, *answer)
         finally:
             clones.leave(job, client)
 
@@ -2430,12 +2438,6 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
             for handler in list(self._idle):
                 self._end_idle(handler)
 
-    def cut_off(self) -> None:
-        """The process is about to exit: answers that have begun must not look complete."""
-        with self._lock:
-            for handler in self._handlers:
-                handler.abort_response()
-
     def wait_until_closed(self, deadline: float) -> bool:
         """Wait for all connections to close; False if some are left at the deadline."""
         with self._lock:
@@ -2443,7 +2445,7 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
 
 
 def _bind(thread_id: int, cpus: set[int]) -> None:
-    with contextlib.suppress(OSError):  # not permitted, or those CPUs have just been taken from this process
+    with contextlib.suppress(OSError, ValueError):  # not permitted, not offered, or taken from this process just now
         os.sched_setaffinity(thread_id, cpus)
 
 
@@ -2476,14 +2478,16 @@ class ProxyServer(ConnectionServer):
         return admitted
 
     def look_around(self) -> None:
-        """Gather the handlers on one CPU while many requests come in. To be called twice a second, by a thread that the
-        kernel runs where it likes: there they go.
+        """Gather the handlers on one CPU while many requests come in, and forget the heads when none do. To be called
+        twice a second, by a thread that the kernel runs where it likes: there they go.
 
         One thread at a time can run Python, and handing the interpreter's lock to a thread on another CPU takes longer
         than the work itself. With several busy connections, one CPU serves twice as many requests as two.
         """
         with self._lock:
             relayed = sum(self._relayed)
+            if relayed == self._relayed_before:
+                forget_heads()
             busy = relayed - self._relayed_before > BUSY and len(self._handlers) > 1
             self._relayed_before = relayed
             if busy == bool(self._cpus):
@@ -2760,7 +2764,7 @@ class StatusHandler(ConnectionHandler):
             f"Content-Security-Policy: {STATUS_POLICY}\r\n"
         )
         response = Response(head.encode(), request.method)
-        self.respond_whole(request, Answer(response, b"" if request.method == b"HEAD" else body))
+        self.respond(request, response, b"" if request.method == b"HEAD" else body)
 
 
 # main
@@ -2869,8 +2873,7 @@ def stop(server: ProxyServer, systemd: Systemd) -> None:
     server.clones.wait_until_idle(begin + DRAIN_SECONDS)
     server.wait_until_closed(begin + DRAIN_SECONDS)
     server.clones.answer_running()
-    if not server.wait_until_closed(time.monotonic() + 2):
-        server.cut_off()
+    server.wait_until_closed(time.monotonic() + 2)
 
 
 def main(arguments: list[str]) -> int:
@@ -2919,14 +2922,18 @@ def run(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # for `stop`, not Python's own handler
 
     def run_main() -> None:
-        threading.main_thread().join()
+        if threading.current_thread() is not threading.main_thread():
+            threading.main_thread().join()
         with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)
         exit_status = main(arguments)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, AttributeError):  # a closed standard output
+            sys.stdout.flush()
         # Without the interpreter's own shutdown, which fails when a daemon thread happens to be writing to stderr.
         os._exit(exit_status)
 
+    if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):  # they start no thread any more when the first one has ended
+        run_main()
     start_vital_thread("main", run_main, daemon=False)
 
 

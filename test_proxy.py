@@ -1704,6 +1704,23 @@ class Streaming(unittest.TestCase):
                     self.assertEqual(response.get("connection"), b"close")
                     self.assertTrue(wire.closed())
 
+    def test_a_bad_interim_answer_to_an_upload_is_not_passed_on(self) -> None:
+        for bad in (
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+            b"HTTP/1.1 102 Processing\r\nno colon\r\n\r\n",
+        ):
+
+            def script(wire: Wire, bad: bytes = bad) -> None:
+                wire.head()
+                wire.send(bad + OK)
+                wire.rest()
+
+            with self.subTest(bad), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+                wire.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n12345")
+                response = wire.message()
+                self.assertEqual(response.status, 502)
+                self.assertIn(b"malformed", response.first)
+
     def test_an_early_answer_over_tls_reaches_the_client(self) -> None:
         with FakePVE() as pve, Proxy(pve.url) as proxy, proxy.wire() as wire:
             wire.send(b"POST /api2/json/x HTTP/1.1\r\nHost: h\r\nContent-Length: 900000\r\n\r\n" + b"x" * 1000)
@@ -1936,6 +1953,23 @@ class Tunnels(unittest.TestCase):
             wire.sock.shutdown(socket.SHUT_WR)
             self.assertEqual(wire.rest(), b"got all of this")
             wait_until(lambda: not backend.open, "the backend's end")
+
+    def test_what_was_said_before_a_close_arrives_at_a_slow_reader_that_says_no_more(self) -> None:
+        def script(wire: Wire) -> None:
+            wire.head()
+            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.rest()
+            wire.send(bytes(24_000_000))
+
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(UPGRADE)
+            wire.head()
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+            wire.sock.shutdown(socket.SHUT_WR)
+            count = len(wire.buffer)
+            while data := wire.sock.recv(1024):
+                count += len(data)
+            self.assertEqual(count, 24_000_000)
 
     def test_close_is_carried_over(self) -> None:
         ended = threading.Event()
@@ -2468,6 +2502,27 @@ class Locks(unittest.TestCase):
             self.assertEqual(done, ["203", "201", "202"], "a source keeps its order")
             self.assertEqual(len(proxy.lines("CLONE LOCKED")), 1)
 
+    def test_new_and_locked_clones_take_turns(self) -> None:
+        clones = program.CloneQueue(program.Settings(), None)  # type: ignore[arg-type]
+        answer = program.error_answer(program.Refusal(500, "CT is locked (disk)"))
+
+        def admit(source: str) -> None:
+            job = job_of(source.encode(), PretendedClient())
+            job.call = job.call._replace(source=source)
+            clones.admit(job)
+
+        def try_in_vain() -> str:
+            job = clones._next()
+            self.assertTrue(clones._claim(job))
+            clones._park_or_end(job, program.Locked(answer, "CT is locked (disk)"))
+            job.next_try = 0.0  # due again before anything else can be tried
+            return job.call.source
+
+        for source in "12345":
+            admit(source)
+        tried = [try_in_vain() for _ in range(9)]
+        self.assertEqual(tried[::2], ["1", "2", "3", "4", "5"])
+
     def test_when_the_time_is_over_pves_refusal_is_the_answer(self) -> None:
         with FakePVE() as pve, Proxy(pve.url, "-lock-timeout", "600ms") as proxy:
             pve.locks["9000"] = "snapshot"
@@ -2665,6 +2720,26 @@ class Shutdown(unittest.TestCase):
             proxy.wait_log("shutting down")
             self.assertEqual(proxy.stop(), -signal.SIGTERM)
 
+    def test_nor_does_that_make_an_answer_without_a_length_look_whole(self) -> None:
+        ended = threading.Event()
+
+        def script(wire: Wire) -> None:
+            wire.head()
+            wire.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nsome of it")
+            ended.wait(LONG)
+
+        with ScriptedBackend(script) as backend:
+            proxy = Proxy(backend.url)
+            with proxy.wire() as wire:
+                wire.send(GET)
+                wire.until(b"some of it")
+                proxy.process.terminate()
+                proxy.wait_log("shutting down")
+                self.assertEqual(proxy.stop(), -signal.SIGTERM)
+                with self.assertRaises(ConnectionResetError):
+                    wire.rest()
+            ended.set()
+
 
 # Operation
 
@@ -2717,7 +2792,8 @@ class Status(unittest.TestCase):
         self.proxy.clone(201)
         self.proxy.clone(202, source=777)
         self.proxy.get("/")
-        text = self.page("/metrics").body.decode()
+        # A request is counted when the last byte of its answer is on its way.
+        text = wait_until(lambda: 'status="2xx"} 1' in (page := self.page("/metrics").body.decode()) and page)
         for line in ['pve_clone_queue_clones_total{outcome="completed"} 1', 'pve_clone_queue_clones_total{outcome="failed"} 1',
                      "pve_clone_queue_queued 0", "pve_clone_queue_running 0", "pve_clone_queue_wait_seconds_count 2",
                      'pve_clone_queue_relayed_requests_total{status="2xx"} 1']:  # fmt: skip
