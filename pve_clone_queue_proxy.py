@@ -1226,9 +1226,16 @@ class CloneCall(NamedTuple):
         return f"node={field_text(self.node)} vmid={field_text(self.source)}"
 
 
-def clone_call(request: Request, qemu: bool) -> tuple[str, str, str] | None:
-    """Kind, node and source of a clone request; None for any other. It fails closed: what PVE will refuse for its
-    node or VMID counts too."""
+def user_of(fields: Fields) -> str:
+    """Who a request says it is: the name of its API token, or its ticket's user; never a secret."""
+    credentials = b" ".join(fields.values.get(b"authorization", []) + fields.values.get(b"cookie", []))
+    match = _TOKEN_NAME.search(credentials) or _TICKET_USER.search(credentials)
+    return printable(urllib.parse.unquote_to_bytes(match[1])) if match else ""
+
+
+def clone_call(request: Request, qemu: bool) -> CloneCall | None:
+    """What a clone request asks for, as far as its head tells; None for any other request. It fails closed: what PVE
+    will refuse for its node or VMID counts too."""
     if request.method != b"POST":
         return None
     parts = request.path_parts()
@@ -1237,7 +1244,7 @@ def clone_call(request: Request, qemu: bool) -> tuple[str, str, str] | None:
     kind = parts[4].decode("latin-1")
     if (kind != "lxc" and not (qemu and kind == "qemu")) or not parts[5].isdigit():
         return None
-    return kind, parts[3].decode("latin-1"), parts[5].decode()
+    return CloneCall(kind, parts[3].decode("latin-1"), parts[5].decode(), "", user_of(request.fields))
 
 
 def newid_of(request: Request, body: bytes) -> str:
@@ -1254,13 +1261,6 @@ def newid_of(request: Request, body: bytes) -> str:
             value = form.get(b"newid", [b""])[0].decode("latin-1")
     text = str(value)
     return text if re.fullmatch("[0-9]{1,20}", text) else ""
-
-
-def user_of(fields: Fields) -> str:
-    """Who a request says it is: the name of its API token, or its ticket's user; never a secret."""
-    credentials = b" ".join(fields.values.get(b"authorization", []) + fields.values.get(b"cookie", []))
-    match = _TOKEN_NAME.search(credentials) or _TICKET_USER.search(credentials)
-    return printable(urllib.parse.unquote_to_bytes(match[1])) if match else ""
 
 
 class Stage(enum.Enum):
@@ -2065,7 +2065,7 @@ class ProxyHandler(ConnectionHandler):
         self.forwarded_for = self._forwarded_for(request)
         call = clone_call(request, self.server.settings.qemu)
         if call:
-            self.clone(request, *call)
+            self.clone(request, call)
         else:
             self.relay(request)
 
@@ -2221,12 +2221,11 @@ class ProxyHandler(ConnectionHandler):
 
     # Clones
 
-    def clone(self, request: Request, kind: str, node: str, source: str) -> None:
+    def clone(self, request: Request, call: CloneCall) -> None:
         """Queue the clone, wait for its turn and its end, and send PVE's answer."""
         clones = self.server.clones
         if request.length > MAX_CLONE_BODY:
             raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
-        call = CloneCall(kind, node, source, "", user_of(request.fields))
         clones.check_room(call)
         credentials = self._poll_fields(request)
         # Strangers must not fill the queue, nor the memory with a body. PVE takes 3 s to say 401, in this thread's time.

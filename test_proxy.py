@@ -1025,7 +1025,7 @@ class CloneRecognition(unittest.TestCase):
 
     def test_vms_when_asked_for(self) -> None:
         request = request_of("POST /api2/json/nodes/n/qemu/9/clone HTTP/1.1")
-        self.assertEqual(program.clone_call(request, True), ("qemu", "n", "9"))
+        self.assertEqual(program.clone_call(request, True), ("qemu", "n", "9", "", ""))
 
     def test_newid_in_all_three_places(self) -> None:
         request = request_of("POST /x?newid=7 HTTP/1.1")
