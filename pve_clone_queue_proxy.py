@@ -491,8 +491,8 @@ class MessageReader:
         return bool(self.buffer) or (self._pending is not None and self._pending() > 0)
 
     def readable(self) -> bool:
-        """Whether a byte, the end or an error is there already."""
-        return self.holds_more() or bool(self._poll.poll(0))
+        """Whether a byte, the end or an error has arrived that has not been received yet."""
+        return bool(self._poll.poll(0))
 
     def fill_now(self) -> bool:
         """Add what is there to `buffer` without waiting; False if nothing is (a TLS ticket, say). Raises Disconnected
@@ -521,7 +521,8 @@ class MessageReader:
             self._check_partial_head(max(0, scanned - 1))
             scanned = len(buffer)
             self.fill(deadline)
-        self._check_size(end)
+        if end > MAX_LINE:
+            self._check_size(end)
         head = bytes(buffer[: end + 2])
         del buffer[: end + 4]
         return head
@@ -663,11 +664,11 @@ def chunked(pieces: Iterable[Bytes]) -> Iterator[Bytes]:
 
 class Request:
     """A request's head that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1. Never changed.
-    `relayed_fields` holds the field lines that go to the backend, clones aside; `upgrade` says whether this is a
-    WebSocket's opening handshake (RFC 6455 4.1)."""
+    `upgrade` says whether this is a WebSocket's opening handshake (RFC 6455 4.1). `relayed_head` holds request line and
+    field lines as they go to the backend, clones aside, without what the handler adds to them, and the empty line."""
 
     __slots__ = (
-        "expects_continue", "fields", "http11", "keep_alive", "length", "method", "relayed_fields", "target", "upgrade",
+        "expects_continue", "fields", "http11", "keep_alive", "length", "method", "relayed_head", "target", "upgrade",
     )  # fmt: skip
 
     def __init__(self, head: bytes) -> None:
@@ -703,7 +704,10 @@ class Request:
             and fields.tokens(b"upgrade") == {b"websocket"}
             and b"upgrade" in fields.tokens(b"connection")
         )
-        self.relayed_fields = fields.end_to_end(_UPGRADE_DROP if self.upgrade else REQUEST_DROP)
+        lines = fields.end_to_end(_UPGRADE_DROP if self.upgrade else REQUEST_DROP)
+        framing = b"Transfer-Encoding: chunked\r\n" if self.length == CHUNKED else b""
+        option = b"Connection: Upgrade\r\n" if self.upgrade else b""
+        self.relayed_head = b"%b %b HTTP/1.1\r\n%b%b%b" % (self.method, self.target, lines, framing, option)
 
     def path_parts(self) -> list[bytes]:
         """The path as PVE reads it: percent-decoded, then split on `/`, empty parts dropped. Line feeds at its end are
@@ -1024,7 +1028,7 @@ class Backend:
         return BackendConnection(self.address, self._context, self.silence, seconds or self.silence)
 
     def take(self) -> BackendConnection | None:
-        """An idle connection on which nothing has arrived since its last answer."""
+        """An idle connection on which nothing has arrived since its last answer: `give_back` took none that held more."""
         while True:
             with self._lock:
                 if not self._idle:
@@ -2075,12 +2079,10 @@ class ProxyHandler(ConnectionHandler):
             return plain_address(values[-1].decode("latin-1").rpartition(",")[2].strip(" \t")) or self.peer
         return self.peer
 
-    def _backend_fields(self, request: Request, lines: bytes) -> bytes:
-        """The field lines that go to the backend: those of the request, and what the proxy adds to them."""
-        lines = b"%bX-Forwarded-For: %b\r\n" % (lines, self.forwarded_for.encode())
-        if b"host" in request.fields.values:
-            return lines
-        return self.server.backend.host_line + lines
+    def _added_fields(self, request: Request) -> bytes:
+        """The field lines that the proxy adds for the backend."""
+        host = b"" if b"host" in request.fields.values else self.server.backend.host_line
+        return b"%bX-Forwarded-For: %b\r\n" % (host, self.forwarded_for.encode())
 
     # Relaying
 
@@ -2114,12 +2116,7 @@ class ProxyHandler(ConnectionHandler):
     def _open(self, request: Request) -> tuple[BackendConnection, Response]:
         """Send the request and read the head of its final answer. Only a safe request without a body may go out on a
         kept-alive connection, and a second time if that turns out closed."""
-        fields = self._backend_fields(request, request.relayed_fields)
-        if request.upgrade:
-            fields += b"Connection: Upgrade\r\n"
-        elif request.length == CHUNKED:
-            fields += b"Transfer-Encoding: chunked\r\n"
-        head = b"%b %b HTTP/1.1\r\n%b\r\n" % (request.method, request.target, fields)
+        head = b"%b%b\r\n" % (request.relayed_head, self._added_fields(request))
         backend = self.server.backend
         if request.length == 0 and request.method in SAFE_METHODS and not request.upgrade:
             connection = backend.take()
@@ -2267,9 +2264,8 @@ class ProxyHandler(ConnectionHandler):
         return self.server.backend.host_line + credentials + forwarded_for
 
     def _job(self, request: Request, call: CloneCall, body: bytes, poll_fields: bytes, client: Client) -> CloneJob:
-        fields = self._backend_fields(request, request.fields.end_to_end(_CLONE_DROP))
-        fields = b"%bContent-Length: %d\r\n" % (fields, len(body))
-        data = b"POST %b HTTP/1.1\r\n%b\r\n%b" % (request.target, fields, body)
+        fields = request.fields.end_to_end(_CLONE_DROP) + self._added_fields(request)
+        data = b"POST %b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n%b" % (request.target, fields, len(body), body)
         credentials = [request.fields.values.get(name) for name in (b"authorization", b"cookie", b"csrfpreventiontoken")]
         key = hashlib.sha256(repr((request.target, credentials, len(body))).encode())
         key.update(body)
