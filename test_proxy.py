@@ -802,6 +802,7 @@ def by_path(answers: list[bytes]) -> ScriptedBackend:
 ENDLESS = 3600.0  # seconds of a clone that lasts until `finish`
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
 
 
 class Proxy:
@@ -1538,7 +1539,7 @@ BAD_ANSWERS = [
     ("bad status", b"HTTP/1.1 20 OK\r\n\r\n"),
     ("another version", b"HTTP/2.0 200 OK\r\n\r\n"),
     ("no HTTP", b"SSH-2.0-OpenSSH\r\n\r\n"),
-    ("an unasked 101", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"),
+    ("an unasked 101", SWITCHING),
     ("a huge head", b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000 + b"\r\n\r\n"),
     ("nothing", b""),
     ("half a head", b"HTTP/1.1 200 OK\r\nContent-Le"),
@@ -1706,7 +1707,7 @@ class Streaming(unittest.TestCase):
 
     def test_a_bad_interim_answer_to_an_upload_is_not_passed_on(self) -> None:
         for bad in (
-            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+            SWITCHING,
             b"HTTP/1.1 102 Processing\r\nno colon\r\n\r\n",
         ):
 
@@ -1900,7 +1901,7 @@ class Tunnels(unittest.TestCase):
 
         def script(wire: Wire) -> None:
             wire.head()
-            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.send(SWITCHING)
             wire.sock.settimeout(None)
             flood(wire.sock, 0)
 
@@ -1924,7 +1925,7 @@ class Tunnels(unittest.TestCase):
 
         def script(wire: Wire) -> None:
             wire.head()
-            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.send(SWITCHING)
             done.wait(LONG)
 
         with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
@@ -1943,7 +1944,7 @@ class Tunnels(unittest.TestCase):
     def test_half_close_is_carried_over(self) -> None:
         def script(wire: Wire) -> None:
             wire.head()
-            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.send(SWITCHING)
             wire.send(b"got " + wire.rest())
 
         with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
@@ -1957,7 +1958,7 @@ class Tunnels(unittest.TestCase):
     def test_what_was_said_before_a_close_arrives_at_a_slow_reader_that_says_no_more(self) -> None:
         def script(wire: Wire) -> None:
             wire.head()
-            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.send(SWITCHING)
             wire.rest()
             wire.send(bytes(24_000_000))
 
@@ -1976,7 +1977,7 @@ class Tunnels(unittest.TestCase):
 
         def script(wire: Wire) -> None:
             wire.head()
-            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+            wire.send(SWITCHING)
             wire.rest()
             ended.set()
 
@@ -2651,7 +2652,7 @@ class Shutdown(unittest.TestCase):
 
         def script(wire: Wire) -> None:
             if b"Upgrade" in b"".join(name for name, _ in backend.request(wire).fields):
-                wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+                wire.send(SWITCHING)
                 wire.rest()
             else:
                 go_on.wait(LONG)
