@@ -48,7 +48,7 @@ import pve_clone_queue_proxy as program
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "pve_clone_queue_proxy.py")
-TOKEN = "PVEAPIToken=root@pam!t=secret"
+TOKEN = "PVEAPIToken=root@pam!ci=secret"
 LONG = 20.0  # seconds after which a test gives up waiting
 PARALLEL = 6  # test classes at a time
 
@@ -1086,7 +1086,7 @@ class Upids(unittest.TestCase):
             head = b"HTTP/1.1 %d OK\r\nContent-Length: %d\r\n" % (status, len(body))
             return program.upid_of(program.Answer(program.Response(head, b"POST"), body))
 
-        good = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!t:"
+        good = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!ci:"
         self.assertEqual(upid_in(good), good)
         self.assertEqual(upid_in("UPID:" + "x" * 495), "UPID:" + "x" * 495)
         self.assertIsNone(upid_in(good, 500))
@@ -1873,7 +1873,7 @@ class Deadlines(unittest.TestCase):
 
 UPGRADE = (b"GET /api2/json/nodes/pve/lxc/100/vncwebsocket?port=5900&vncticket=x HTTP/1.1\r\nHost: h\r\n"
            b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-           b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nAuthorization: PVEAPIToken=root@pam!t=secret\r\n\r\n")  # fmt: skip
+           b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nAuthorization: PVEAPIToken=root@pam!ci=secret\r\n\r\n")  # fmt: skip
 
 
 class Tunnels(unittest.TestCase):
@@ -2171,7 +2171,7 @@ class Cloning(unittest.TestCase):
             cookie = "Cookie: PVEAuthCookie=PVE:root@pam:good\r\nCSRFPreventionToken: token\r\n"
             self.assertEqual(proxy.clone(201, token="x", extra=cookie, path="/api2/json/nodes/pve/lxc/9000/clone?a=s3cr3t")
                              .status, 200)  # fmt: skip
-            proxy.clone(202, token="PVEAPIToken=root@pam!t=wrong-s3cr3t")
+            proxy.clone(202, token="PVEAPIToken=root@pam!ci=wrong-s3cr3t")
             proxy.get("/x?s3cr3t", "Authorization: s3cr3t")
             self.assertEqual(proxy.lines("s3cr3t|secret|good|CSRF"), [])
 
@@ -2179,7 +2179,7 @@ class Cloning(unittest.TestCase):
 class Strangers(unittest.TestCase):
     def test_who_cannot_log_in_cannot_use_the_queue(self) -> None:
         with FakePVE(auth_delay=ENDLESS) as pve, Proxy(pve.url) as proxy:
-            bad = bring(proxy, *(clone_request(300 + index, token="PVEAPIToken=a@b!c=d") for index in range(100)))
+            bad = bring(proxy, *(clone_request(300 + index, token="PVEAPIToken=a@b!cc=dd") for index in range(100)))
             wait_until(lambda: pve.requests >= 100, "the strangers at PVE")
             # PVE has not refused one of them yet, and nobody waits for that.
             self.assertEqual(proxy.clone(201).status, 200)
@@ -2211,7 +2211,7 @@ class Strangers(unittest.TestCase):
 
 class PveFaults(unittest.TestCase):
     def test_answers_to_the_post(self) -> None:
-        upid = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!t:"
+        upid = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!ci:"
         with FakePVE() as pve, Proxy(pve.url, "-request-timeout", "1s") as proxy:
             for fault, status in [
                 ("reset", 502), ("reset-in-head", 502), ("reset-in-body", 502), ("close", 502), ("garbage", 502),
@@ -2765,7 +2765,7 @@ class Status(unittest.TestCase):
         self.pve.wait_for_clones(1)
         status = self.status()
         self.assertEqual((status["running"]["vmid"], status["running"]["newid"]), ("9000", "201"))
-        self.assertEqual(status["running"]["user"], "root@pam!t")
+        self.assertEqual(status["running"]["user"], "root@pam!ci")
         self.assertEqual([job["newid"] for job in status["waiting"]], ["202"])
         self.pve.finish()
         self.assertEqual([wire.message().status for wire in wires], [200, 200])
