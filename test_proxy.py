@@ -42,7 +42,7 @@ import unittest
 import urllib.parse
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pve_clone_queue_proxy as program
 
@@ -159,51 +159,168 @@ def client_context() -> ssl.SSLContext:
 # The simulated PVE
 
 
+CT, VM = "lxc", "qemu"
+WORDS = {CT: "CT", VM: "VM"}
+FOLDERS = {CT: "lxc", VM: "qemu-server"}
+# What a clone locks its target with while it runs; VMs have a lock of another name.
+TARGET_LOCKS = {CT: "create", VM: "clone"}
+CLONE_TASKS = {CT: "vzclone", VM: "qmclone"}
+DESTROY_TASKS = {CT: "vzdestroy", VM: "qmdestroy"}
+# A user's name may hold anything but blanks, `:` and `/`; a token's has two characters or more.
+USER_ID = r"[^\s:/]+@[A-Za-z][A-Za-z0-9._-]*"
+TOKEN_NAME = r"[A-Za-z][A-Za-z0-9._-]+"
+
+
+class Refused(Exception):
+    """A call that PVE refuses: the status, its text, and what is wrong with which parameter."""
+
+    def __init__(self, status: int, text: str, errors: dict[str, str] | None = None) -> None:
+        super().__init__(status, text)
+        self.status = status
+        self.text = text
+        self.errors = errors
+
+
+def wrong_parameter(name: str, what: str) -> Refused:
+    """The refusal of a parameter that does not pass PVE's check."""
+    return Refused(400, "Parameter verification failed.", {name: what})
+
+
+def decode_urlencoded(data: str) -> dict[str, object]:
+    """Parameters as PVE decodes them: `;` separates like `&`, of `a=1=2` the 2 is dropped, an `a` without `=` is none, and
+    a name that comes again makes a list."""
+    decoded: dict[str, object] = {}
+    for pair in re.split("[&;]", data):
+        name, *values = (urllib.parse.unquote_plus(part) for part in pair.split("="))
+        if not values:
+            continue
+        old = decoded.get(name)
+        if isinstance(old, list):
+            old.append(values[0])
+        else:
+            decoded[name] = values[0] if old is None else [old, values[0]]
+    return decoded
+
+
+def parameters_of(query: str, body: bytes, content_type: str) -> dict[str, object]:
+    """A call's parameters: the query wins over the body, and the body is JSON only if it is said to be."""
+    if re.split(r"\s*[;,]", content_type)[0] == "application/json":
+        try:
+            decoded = json.loads(body)
+        except ValueError:
+            raise Refused(501, "malformed JSON string") from None
+        parameters = decoded if isinstance(decoded, dict) else {}
+    else:
+        parameters = decode_urlencoded(body.decode("latin-1"))
+    return parameters | decode_urlencoded(query)
+
+
+def vmid_of(parameters: dict[str, object], name: str) -> str:
+    """A parameter that is a VMID; leading zeros are dropped."""
+    value = parameters.get(name)
+    if value is None:
+        raise wrong_parameter(name, "property is missing and it is not optional")
+    if not re.fullmatch("[0-9]+", str(value)):
+        raise wrong_parameter(name, f"type check ('integer') failed - got '{value}'")
+    vmid = str(value).lstrip("0")
+    if not re.fullmatch("[1-9][0-9]{2,8}", vmid):
+        raise wrong_parameter(name, f"value must be from 100 to 999999999, not {vmid}")
+    return vmid
+
+
 @dataclasses.dataclass
 class Task:
-    """A clone's worker: a real process."""
+    """A worker: a real process."""
 
     upid: str
     source: str
-    newid: str
+    newid: str  # what it makes, to be removed if it fails; empty if nothing
     process: subprocess.Popen[bytes]
     exit_status: str
     leaves_behind: bool
     begin: float
     end: float = 0.0
     seconds: float = 0.0  # how long its process lived
+    killed: bool = False  # nobody cleaned up
+
+    @property
+    def type(self) -> str:
+        """`vzclone` and so on."""
+        return self.upid.split(":")[5]
+
+    @property
+    def user(self) -> str:
+        """Whose it is: a user, or a token as `USER!NAME`."""
+        return self.upid.split(":")[7]
+
+    def belongs_to(self, caller: str) -> bool:
+        """Whether that user or token started it. A token sees its own tasks alone, a user also those of his tokens."""
+        token = re.fullmatch(f"({USER_ID})!{TOKEN_NAME}", self.user)
+        return caller == self.user or (token is not None and caller == token[1])
+
+    def describe(self) -> dict[str, object]:
+        """As it is listed; a token is split off its user."""
+        _, node, pid, pstart, starttime, type_, id_, user, _ = self.upid.split(":")
+        token = re.fullmatch(f"({USER_ID})!({TOKEN_NAME})", user)
+        owner = {"user": token[1], "tokenid": token[2]} if token else {"user": user}
+        numbers = {"pid": int(pid, 16), "pstart": int(pstart, 16), "starttime": int(starttime, 16)}
+        return {"upid": self.upid, "node": node, **numbers, "type": type_, "id": id_, **owner}
+
+    def reap(self) -> None:
+        """Let no zombie stay."""
+        self.process.wait()
+        self.seconds = time.monotonic() - self.begin
 
 
 @dataclasses.dataclass
 class CloneRecord:
-    """A clone request as it arrived."""
+    """A clone request as it arrived, and what came of it."""
 
     at: float
     target: str
     source: str
-    newid: str
+    newid: str  # as PVE reads it; empty if there is none, or no usable one
     fields: list[tuple[str, str]]
     body: bytes
     status: int = 0
     upid: str = ""
     fault: str = ""
+    refused: Refused | None = None
 
 
 class FakePVE:
     """Proxmox VE's API as far as the proxy meets it.
 
-    Knobs, to be set by tests: `clone_seconds`; `exits`, exit statuses of the next tasks; `clone_faults` and
-    `poll_faults`, what happens to the next such calls (see `misbehave`); `locks`, by VMID; `remote`, whether tasks run
-    where the proxy can't see them; `random_fault`, which may name one for any `relay`, `clone` or `poll`.
+    Knobs, to be set by tests:
+
+    - `clone_seconds`; `exits`, exit statuses of the next tasks (behind ` +behind` the target stays); `locks`, by VMID;
+      `remote`, whether tasks run where the proxy can't see them;
+    - `clone_faults` and `poll_faults`, what happens to the next such calls (see `misbehave`); `random_fault`, which may
+      name one for any `relay`, `clone` or `poll`;
+    - `daemon_away`: pveproxy answers, pvedaemon does not run; `go_away` and `come_back`: nobody listens;
+    - `auth_delay` before a 401, `head_delay` before a head that is too long ends its connection, `post_seconds` before
+      the answer to a clone call, `daemon_delay` before a 596;
+    - `list_age`, how old the list of running tasks may be; `privileged`, the users who see the tasks of all.
+
+    Guests are in `guests`, those of them that are VMs in `vms` too. `lock` guards everything; methods whose names begin
+    with `_`, and `running` and `kind`, are to be called with it held.
     """
 
     def __init__(self, port: int = 0, *, clone_seconds: float = 0.05, tls: str = "new", auth_delay: float = 0.3) -> None:
         self.clone_seconds = clone_seconds
         self.auth_delay = auth_delay
+        self.head_delay = 0.1
+        self.post_seconds = 0.0
+        self.daemon_delay = 0.1
+        self.list_age = 10.0
         self.remote = False
+        self.away = False
+        self.daemon_away = False
         self.lock = threading.Lock()
         self.locks: dict[str, str] = {}
-        self.guests = {"9000", "9001", "9002"}
+        self.guests = {"8000", "8001", "9000", "9001", "9002"}
+        self.vms = {"8000", "8001"}
+        self.privileged = {"root@pam"}
         self.exits: collections.deque[str] = collections.deque()
         self.clone_faults: collections.deque[str] = collections.deque()
         self.poll_faults: collections.deque[str] = collections.deque()
@@ -213,30 +330,41 @@ class FakePVE:
         self.tasks: dict[str, Task] = {}
         self.polls = 0
         self.requests = 0
-        self.overlaps = 0  # times a task began while another one of the same source ran
+        self.overlaps = 0  # times a clone's task began while another one of the same source ran
         self.most_at_once = 0
         self.hanging = threading.Event()  # set: whatever hangs goes on
         self.log: list[str] = []
-        context = server_context(tls) if tls else None
+        self.connections: set[FakePVEHandler] = set()
+        self.context = server_context(tls) if tls else None
+        self._listed: list[Task] = []
+        self._listed_at = 0.0
+        self._listen(port)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+
+    def _listen(self, port: int) -> None:
+        """Serve on that port, or on a free one."""
 
         class Handler(FakePVEHandler):
             pve = self
 
-            def setup(handler) -> None:
-                if context:
-                    handler.request.settimeout(10)
-                    handler.request = context.wrap_socket(handler.request, server_side=True)
-                super().setup()
-
-            def finish(handler) -> None:
-                with contextlib.suppress(OSError):
-                    super().finish()
-                handler.request.close()
-
         self.server = QuietServer(("127.0.0.1", port), Handler)
-        self.port = self.server.server_address[1]
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        self.port: int = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def go_away(self) -> None:
+        """Listen no more, as when pveproxy is stopped: idle connections end now, others with their next answer."""
+        self.away = True
+        self.server.shutdown()
+        self.server.server_close()
+        with self.lock:
+            idle = [connection for connection in self.connections if connection.idle]
+        for connection in idle:
+            connection.cut()
+
+    def come_back(self) -> None:
+        """Listen on the same port again."""
+        self.away = False
+        self._listen(self.port)
 
     def close(self) -> None:
         """Stop listening and end what hangs or runs."""
@@ -255,63 +383,197 @@ class FakePVE:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # Guests
+
+    def kind(self, vmid: str) -> str | None:
+        """Whether a guest is a CT or a VM; None if there is none of this number."""
+        if vmid not in self.guests:
+            return None
+        return VM if vmid in self.vms else CT
+
+    def destroy(self, vmid: str) -> None:
+        """Remove a guest, whatever its state."""
+        with self.lock:
+            self._remove(vmid)
+
+    def _remove(self, vmid: str) -> None:
+        self.guests.discard(vmid)
+        self.vms.discard(vmid)
+        self.locks.pop(vmid, None)
+
+    def delete(self, kind: str, vmid: str, user: str) -> str:
+        """Destroy a guest for a client: the UPID of a task whose work is already done."""
+        with self.lock:
+            self.running()
+            if self.kind(vmid) != kind:
+                raise Refused(500, f"Configuration file 'nodes/pve/{FOLDERS[kind]}/{vmid}.conf' does not exist")
+            if vmid in self.locks:
+                raise Refused(500, f"{WORDS[kind]} is locked ({self.locks[vmid]})")
+            self._remove(vmid)
+            return self._start_task(DESTROY_TASKS[kind], vmid, user, 0.0, "OK")
+
+    def list_guests(self, *kinds: str) -> list[dict[str, object]]:
+        """The guests of these kinds, those being made among them."""
+        with self.lock:
+            self.running()
+            return [self._describe(vmid) for vmid in sorted(self.guests, key=int) if self.kind(vmid) in kinds]
+
+    def _describe(self, vmid: str) -> dict[str, object]:
+        lock = {"lock": self.locks[vmid]} if vmid in self.locks else {}
+        kind = self.kind(vmid)
+        return {"id": f"{kind}/{vmid}", "type": kind, "vmid": int(vmid), "node": "pve", "status": "stopped", **lock}
+
+    def next_id(self, parameters: dict[str, object]) -> str:
+        """The smallest free VMID, or the one asked for if it is free."""
+        with self.lock:
+            self.running()
+            if "vmid" not in parameters:
+                return next(vmid for vmid in map(str, range(100, 10**6)) if vmid not in self.guests)
+            vmid = vmid_of(parameters, "vmid")
+            if vmid in self.guests:
+                raise wrong_parameter("vmid", f"VM {vmid} already exists")
+            return vmid
+
+    # Tasks
+
     def running(self) -> list[Task]:
-        """The tasks that run; what has ended gives up its lock. To be called with the lock held."""
+        """The tasks that run; what has ended gives up its lock."""
         running = []
         for task in self.tasks.values():
             if task.end:
                 continue
             if task.process.poll() is None:
                 running.append(task)
-                continue
-            task.end = time.monotonic()
-            self.locks.pop(task.source, None)
-            if task.exit_status.startswith(("OK", "WARNINGS")) or task.leaves_behind:
-                self.guests.add(task.newid)
             else:
-                self.guests.discard(task.newid)
+                self._end_task(task)
         return running
 
-    def clone(self, record: CloneRecord, kind: str, node: str, user: str) -> tuple[int, str, str | None]:
-        """Status, text and UPID of a clone call."""
-        word = "CT" if kind == "lxc" else "VM"
+    def _end_task(self, task: Task) -> None:
+        """Note a task's end, and do what its worker did last. One that was killed did nothing: its source and its target
+        keep their locks."""
+        task.end = time.monotonic()
+        if task.killed or not task.newid:
+            return
+        if task.type == CLONE_TASKS[CT] and self.locks.get(task.source) == "disk":
+            del self.locks[task.source]
+        self.locks.pop(task.newid, None)
+        if not task.exit_status.startswith(("OK", "WARNINGS")) and not task.leaves_behind:
+            self._remove(task.newid)
+
+    def _start_task(self, type_: str, source: str, user: str, seconds: float, exit_status: str, newid: str = "") -> str:
+        """Start a worker; its UPID. That brings the list of running tasks up to date."""
+        process = subprocess.Popen(["sleep", f"{seconds:.3f}"])
+        with open(f"/proc/{process.pid}/stat") as file:
+            pstart = int(file.read().rpartition(")")[2].split()[19])
+        node = "pve"
+        if self.remote:
+            node, pstart = "pve2", pstart ^ 1
+        upid = f"UPID:{node}:{process.pid:08X}:{pstart:08X}:{int(time.time()):08X}:{type_}:{source}:{user}:"
+        exit_status, behind, _ = exit_status.partition(" +behind")
+        task = Task(upid, source, newid, process, exit_status, bool(behind), time.monotonic())
+        self.tasks[upid] = task
+        self._list_running()
+        threading.Thread(target=task.reap, daemon=True).start()
+        return upid
+
+    def _list_running(self) -> None:
+        self._listed, self._listed_at = self.running(), time.monotonic()
+
+    def list_tasks(self, user: str, parameters: dict[str, object]) -> list[dict[str, object]]:
+        """The running tasks that a caller may see. The list is brought up to date when a task starts and every
+        `list_age` seconds, so that it may still have some that are over. All are listed for any node, for tests that
+        pretend that theirs run elsewhere."""
+        wanted = parameters.get("vmid"), parameters.get("typefilter")
+        with self.lock:
+            if time.monotonic() - self._listed_at >= self.list_age:
+                self._list_running()
+            tasks = [task for task in self._listed if user in self.privileged or task.belongs_to(user)]
+        return [
+            {**task.describe(), "status": "RUNNING"}
+            for task in tasks
+            if wanted[0] in (None, task.source) and wanted[1] in (None, task.type)
+        ]
+
+    def task_status(self, upid: str, user: str) -> dict[str, object]:
+        """Whether a task runs, and how it ended."""
+        with self.lock:
+            self.running()
+            task = self.tasks.get(upid)
+        if not task:
+            parsable = re.fullmatch(r"UPID:[\w-]+:[0-9A-F]{8}:[0-9A-F]{8,9}:[0-9A-F]{8}:[^:\s]+:[^:\s]*:[^:\s]+:", upid)
+            raise wrong_parameter("upid", "no such task" if parsable else "unable to parse worker upid")
+        if user not in self.privileged and not task.belongs_to(user):
+            raise Refused(403, "Permission check failed (/nodes/pve, Sys.Audit)")
+        if task.end:
+            return {**task.describe(), "status": "stopped", "exitstatus": task.exit_status}
+        return {**task.describe(), "status": "running"}
+
+    def kill_worker(self, upid: str) -> None:
+        """Kill a task's worker with -9: the source keeps `disk`, the target `create`."""
+        self._interrupt(upid, "unexpected status", True)
+
+    def stop_task(self, upid: str) -> None:
+        """Stop a task by hand: it cleans up."""
+        self._interrupt(upid, "clone failed: interrupted by signal", False)
+
+    def _interrupt(self, upid: str, exit_status: str, killed: bool) -> None:
+        """End a task that runs; takes the lock itself."""
+        with self.lock:
+            task = self.tasks[upid]
+            if task not in self.running():
+                raise AssertionError(f"{upid} has ended by itself")
+            task.exit_status, task.killed = exit_status, killed
+            task.process.kill()
+        task.process.wait()
+
+    # Clones
+
+    def clone(self, record: CloneRecord, kind: str, node: str, user: str) -> None:
+        """Carry a clone call out; the record tells what came of it."""
         with self.lock:
             self.clones.append(record)
             self.on_clone(record)
-            running = self.running()
-            if not record.newid:
-                return 400, "Parameter verification failed.", None
-            if record.source not in self.guests or not 100 <= int(record.source) <= 999999999:
-                return 500, f"unable to find configuration file for {word} {record.source} on node '{node}'", None
-            if record.source in self.locks:
-                return 500, f"{word} is locked ({self.locks[record.source]})", None
-            if record.newid in self.guests:
-                return 500, f"{word} {record.newid} already exists on node 'pve'", None
-            self.overlaps += any(task.source == record.source for task in running)
-            self.locks[record.source] = "disk" if kind == "lxc" else "clone"
-            self.guests.add(record.newid)
-            process = subprocess.Popen(["sleep", f"{self.clone_seconds:.3f}"])
-            pid = process.pid
-            with open(f"/proc/{pid}/stat") as file:
-                start = int(file.read().rpartition(")")[2].split()[19])
-            if self.remote:
-                start ^= 1
-            real_node = "pve2" if self.remote else "pve"
-            begin = f"{int(time.time()):08X}"
-            type_ = "vzclone" if kind == "lxc" else "qmclone"
-            record.upid = f"UPID:{real_node}:{pid:08X}:{start:08X}:{begin}:{type_}:{record.source}:{user}:"
-            status, _, behind = (self.exits.popleft() if self.exits else "OK").partition(" +behind")
-            newid = record.newid
-            task = Task(record.upid, record.source, newid, process, status, bool(_ + behind), time.monotonic())
-            self.tasks[record.upid] = task
-            self.most_at_once = max(self.most_at_once, len(running) + 1)
+            self.running()
+            record.refused = record.refused or self._refusal(record, kind, node)
+            if not record.refused:
+                self._start_clone(record, kind, user)
+            record.status = record.refused.status if record.refused else 200
 
-        def reap() -> None:  # no zombie stays
-            process.wait()
-            task.seconds = time.monotonic() - task.begin
+    def _refusal(self, record: CloneRecord, kind: str, node: str) -> Refused | None:
+        """Why a clone can't be made. That the source is locked comes before the new number is looked at."""
+        word, source, newid = WORDS[kind], record.source, record.newid
+        if self.kind(source) != kind:
+            return Refused(500, f"unable to find configuration file for {word} {source} on node '{node}'")
+        if source in self.locks:
+            return Refused(500, f"{word} is locked ({self.locks[source]})")
+        taken = self.kind(newid)
+        if kind == CT and taken:
+            return Refused(500, f"{WORDS[taken]} {newid} already exists on node 'pve'")
+        if taken == VM:
+            return Refused(500, f"unable to create VM {newid}: config file already exists")
+        return None
 
-        threading.Thread(target=reap, daemon=True).start()
-        return 200, "OK", record.upid
+    def _start_clone(self, record: CloneRecord, kind: str, user: str) -> None:
+        """Lock what a clone locks and start its worker. The source is locked for CTs only."""
+        source, newid, type_ = record.source, record.newid, CLONE_TASKS[kind]
+        if newid in self.guests:  # a VM's clone finds out in its task that a CT has the number
+            file = f"/etc/pve/nodes/pve/{FOLDERS[kind]}/{newid}.conf"
+            status = f"close (rename) atomic file '{file}' failed: File exists"
+            record.upid = self._start_task(type_, source, user, 0.0, status)
+            return
+        if kind == CT:
+            self.locks[source] = "disk"
+        self.locks[newid] = TARGET_LOCKS[kind]
+        self.guests.add(newid)
+        (self.vms.add if kind == VM else self.vms.discard)(newid)
+        if record.fault == "no-worker":
+            record.refused = Refused(500, "got no worker upid - start worker failed")
+            return
+        running = [task for task in self.running() if task.type in CLONE_TASKS.values()]
+        self.overlaps += any(task.source == source for task in running)
+        self.most_at_once = max(self.most_at_once, len(running) + 1)
+        status = self.exits.popleft() if self.exits else "OK"
+        record.upid = self._start_task(type_, source, user, self.clone_seconds, status, newid)
 
     def finish(self, next_seconds: float = 0.05) -> None:
         """End the tasks that run now, as if their work were done; wait for one if there is none yet. What starts later
@@ -348,11 +610,52 @@ class QuietServer(http.server.ThreadingHTTPServer):
 class FakePVEHandler(http.server.BaseHTTPRequestHandler):
     """pveproxy's way with HTTP."""
 
+    # All these run a call; only the first is meant for programs.
+    FORMATS: ClassVar = {
+        "json": "application/json;charset=UTF-8",
+        "extjs": "application/json;charset=UTF-8",
+        "html": "text/html;charset=UTF-8",
+        "htmljs": "text/html;charset=UTF-8",
+        "png": "image/png",
+        "spiceconfig": "application/x-virt-viewer;charset=UTF-8",
+    }
+    # Not anchored, as PVE's own pattern: a request line may stand anywhere in a line.
+    REQUEST_LINE = re.compile(r"([A-Z]+) (\S+) (HTTP/1\.[01])")
+    FIELD_LINE = re.compile(r"([^:\s]+)\s*:\s*(.*)")
+    MOST_LINES = 63  # of a head, the empty one included
+    MOST_BYTES = 8191  # of its fields, without their line ends
+
     pve: FakePVE
-    protocol_version = "HTTP/1.1"
     timeout = 5
     disable_nagle_algorithm = True
     served = 0
+    idle = True  # between two requests
+    request_version = "HTTP/1.0"  # of the answer to what is no request
+    format = "json"
+    from_pvedaemon = False
+
+    def setup(self) -> None:
+        """Begin a connection."""
+        if self.pve.context:
+            self.request.settimeout(10)
+            self.request = self.pve.context.wrap_socket(self.request, server_side=True)
+        super().setup()
+        with self.pve.lock:
+            self.pve.connections.add(self)
+
+    def finish(self) -> None:
+        """End a connection."""
+        with self.pve.lock:
+            self.pve.connections.discard(self)
+        with contextlib.suppress(OSError):
+            super().finish()
+        self.request.close()
+
+    def cut(self) -> None:
+        """End the connection from another thread."""
+        with contextlib.suppress(OSError):
+            # Below TLS, whose own shutdown must not be called while another thread reads.
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
 
     def version_string(self) -> str:
         """What it calls itself."""
@@ -361,35 +664,123 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
 
-    def handle_expect_100(self) -> bool:
-        """Ignored: no 100 ever comes."""
+    # Reading a head
+
+    def handle_one_request(self) -> None:
+        """The next request and its answer."""
+        self.close_connection = self.idle = True
+        with contextlib.suppress(EOFError, TimeoutError):
+            if self.read_head():
+                self.answer()
+
+    def read_line(self) -> str:
+        """A line without its end."""
+        line = self.rfile.readline(1 << 16)
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return line[:-1].removesuffix(b"\r").decode("latin-1")
+
+    def read_head(self) -> bool:
+        """Read a head as PVE does; False if there is nothing to be answered, or if that has been done."""
+        while not (line := self.read_line()):
+            pass  # empty lines before a request are skipped
+        self.idle = False
+        self.format, self.from_pvedaemon = "json", False
+        request_line = self.REQUEST_LINE.search(line)
+        if not request_line:
+            self.refuse(Refused(400, "bad request"))
+            return False
+        self.command, self.path, self.request_version = request_line.groups()
+        lines = self.read_field_lines()
+        if lines is None:
+            self.give_up_head()
+            return False
+        return self.take_fields(lines)
+
+    def read_field_lines(self) -> list[str] | None:
+        """The lines of the fields; None if they are too many. The one that was too many is lost, and what comes behind it
+        not yet read."""
+        lines: list[str] = []
+        size = 0
+        while True:
+            line = self.read_line()
+            size += len(line)
+            if len(lines) == self.MOST_LINES or size > self.MOST_BYTES:
+                return None
+            if not line:
+                return lines
+            lines.append(line)
+
+    def give_up_head(self) -> None:
+        """What PVE does with a head beyond its limits: it reads on as if a new request began here if the connection was
+        used before, and otherwise lets it time out."""
+        if self.served:
+            self.close_connection = False
+        else:
+            self.pve.hanging.wait(self.pve.head_delay)
+
+    def take_fields(self, lines: list[str]) -> bool:
+        """Take the fields in: `fields` as they came, `headers` with `-` for each `_` in a name."""
+        self.fields: list[tuple[str, str]] = []
+        for line in lines:
+            if match := self.FIELD_LINE.match(line):
+                self.fields.append((match[1], match[2]))
+            elif line[0].isspace() and self.fields:
+                name, value = self.fields.pop()
+                self.fields.append((name, f"{value} {line.lstrip()}"))
+            else:
+                self.refuse(Refused(506, "unable to parse request header"))
+                return False
+        self.headers = http.client.HTTPMessage()
+        for name, value in self.fields:
+            self.headers[name.replace("_", "-")] = value
+        connection = self.headers.get("Connection", "")
+        self.close_connection = "close" in connection.lower() or (self.request_version == "HTTP/1.0" and not connection)
         return True
 
+    # Answering
+
     def send(self, status: int, reason: str, body: bytes | None, *fields: tuple[str, str]) -> None:
-        """An answer; an empty body has no Content-Length, and an error closes the connection."""
+        """An answer; an empty body has no Content-Length, and an error closes the connection. What comes from pvedaemon
+        brings a `Connection: close` of its own along, though this connection stays."""
         self.served += 1
-        if status >= 400 or self.served >= 100:
+        if status >= 400 or self.served >= 100 or self.pve.away:
             self.close_connection = True
-        head = [f"HTTP/1.1 {status} {reason}", f"Server: {self.version_string()}", "Cache-Control: max-age=0"]
-        head.append(f"Connection: {'close' if self.close_connection else 'Keep-Alive'}")
+        reason = reason.split("\n", 1)[0]
+        head = [f"{self.request_version} {status} {reason}", f"Server: {self.version_string()}", "Cache-Control: max-age=0"]
+        if self.close_connection or self.from_pvedaemon:
+            head.append("Connection: close")
+        if not self.close_connection:
+            head.append("Connection: Keep-Alive")
         head += [f"{name}: {value}" for name, value in fields]
         if body:
             head.append(f"Content-Length: {len(body)}")
         self.wfile.write("\r\n".join([*head, "", ""]).encode("latin-1") + (body or b""))
 
-    def send_data(self, data: object, status: int = 200, reason: str = "OK", message: str | None = None) -> None:
-        """An answer of the API."""
-        content = {"data": data} if message is None else {"data": data, "message": message + "\n"}
-        body = json.dumps(content).encode()
-        self.send(status, reason, body, ("Content-Type", "application/json;charset=UTF-8"))
+    def send_content(self, content: dict[str, object], status: int = 200, reason: str = "OK") -> None:
+        """An answer of the API. What it looks like in the formats for people is of no interest here."""
+        self.send(status, reason, json.dumps(content).encode(), ("Content-Type", self.FORMATS[self.format]))
 
-    def send_error_text(self, status: int, text: str) -> None:
-        """An error: its text is in the reason phrase."""
-        self.send_data(None, status, text, text)
+    def send_data(self, data: object) -> None:
+        """What a call has to say."""
+        self.send_content({"data": data} | ({"success": 1} if self.format in ("extjs", "htmljs") else {}))
+
+    def refuse(self, refused: Refused) -> None:
+        """An error: its text is in the reason phrase, but the web GUI gets a 200 that tells of it."""
+        content: dict[str, object] = {"data": None}
+        if refused.errors:
+            content["errors"] = refused.errors
+        content["message"] = refused.text + "\n"
+        if self.format in ("extjs", "htmljs"):
+            self.send_content({**content, "success": 0, "status": refused.status})
+        else:
+            self.send_content(content, refused.status, refused.text)
 
     def misbehave(self, fault: str) -> None:
-        """Do what a fault says: `reset`, `reset-in-head`, `reset-in-body`, `close`,
-        `hang`, `garbage`, `json:...` (a 200 with that body), `STATUS TEXT`. Behind a `+` the call is carried out first."""
+        """Do what a fault says: `reset`, `reset-in-head`, `reset-in-body`, `close`, `hang`, `garbage`, `json:...` (a 200
+        with that body), `STATUS TEXT` (an empty body from 595 on). Behind a `+` the call is carried out first. Of clones
+        there are two more: `no-worker`, a refusal that leaves source and target locked, and `daemon-stopped`, a 596 after
+        `daemon_delay` with the clone carried out then."""
         if fault == "reset":
             self.reset()
         elif fault == "reset-in-head":
@@ -410,7 +801,10 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
             self.send(200, "OK", fault[5:].encode(), ("Content-Type", "application/json"))
         else:
             status, _, text = fault.partition(" ")
-            self.send_error_text(int(status), text)
+            if int(status) >= 595:  # pveproxy's own, for want of an answer
+                self.send(int(status), text, None)
+            else:
+                self.refuse(Refused(int(status), text))
 
     def reset(self) -> None:
         """Close with a RST."""
@@ -419,46 +813,59 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
         # A TLS close would say goodbye first.
         os.close(self.connection.detach())
 
-    def user(self) -> str | None:
-        """Who asks; None if PVE does not know."""
-        match = re.fullmatch(r"PVEAPIToken=([^=]+)=secret", self.headers.get("Authorization", ""))
-        if match:
-            return match[1]
-        allowed = self.command == "GET" or self.headers.get("CSRFPreventionToken") == "token"
-        return "root@pam" if allowed and "PVEAuthCookie=PVE:root@pam:good" in self.headers.get("Cookie", "") else None
+    def user(self) -> str:
+        """Who asks, by token or else by ticket; a ticket needs its second token for all but reading."""
+        authorization = self.headers.get("Authorization", "")
+        if authorization.startswith("PVEAPIToken"):
+            token = re.fullmatch(f"PVEAPIToken[= ]({USER_ID}!{TOKEN_NAME})=secret", authorization)
+            if not token:
+                raise Refused(401, "invalid token value!")
+            return token[1]
+        cookie = re.search(r"PVEAuthCookie=([^;\s]+)", self.headers.get("Cookie", ""))
+        if not cookie:
+            raise Refused(401, "No ticket")
+        ticket = re.fullmatch(f"PVE:({USER_ID}):good", urllib.parse.unquote(cookie[1]))
+        if not ticket:
+            raise Refused(401, "permission denied - invalid PVE ticket")
+        if self.command != "GET" and self.headers.get("CSRFPreventionToken") != "token":
+            raise Refused(401, "Permission denied - invalid csrf token")
+        return ticket[1]
 
     def answer(self) -> None:
         """Any request."""
         pve = self.pve
         with pve.lock:
             pve.requests += 1
-        path, _, query = self.path.partition("?")
-        parts = [part for part in urllib.parse.unquote(path, "latin-1").split("/") if part]
+        target = urllib.parse.urlsplit(self.path)
+        # Decoded first and split then; a line end at the path's end is lost on PVE's patterns.
+        path = urllib.parse.unquote(target.path, "latin-1").removesuffix("\n")
+        parts = [part for part in path.split("/") if part]
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         if self.command not in ("GET", "POST", "PUT", "DELETE"):
-            self.send_error_text(501, f"Unexpected method '{self.command}'")
+            self.refuse(Refused(501, f"Unexpected method '{self.command}'"))
             return
         if has_body and self.command not in ("POST", "PUT") and self.headers.get("Content-Length") != "0":
-            self.send_error_text(501, f"Unexpected content for method '{self.command}'")
+            self.refuse(Refused(501, f"Unexpected content for method '{self.command}'"))
             return
         if "Transfer-Encoding" in self.headers:
-            self.send_error_text(501, "chunked transfer encoding not supported")
+            self.refuse(Refused(501, "chunked transfer encoding not supported"))
             return
         length = int(self.headers.get("Content-Length", "0"))
         if parts[-1:] == ["upload"]:
             self.upload(length)
             return
         if length > 512 * 1024:
-            self.send_error_text(501, "for data too large")
+            self.refuse(Refused(501, "for data too large"))
             return
         body = self.rfile.read(length)
         fault = "" if parts[-1:] in (["clone"], ["status"], ["version"]) else pve.random_fault("relay")
         if fault:
             self.misbehave(fault)
-        else:
-            self.call(parts, query, body)
-
-    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = do_PATCH = answer
+            return
+        try:
+            self.call(parts, target.query, body)
+        except Refused as refused:
+            self.refuse(refused)
 
     def call(self, parts: list[str], query: str, body: bytes) -> None:
         """A call of the API, its body read."""
@@ -466,92 +873,125 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
             self.send(200, "OK", b"<!doctype html><title>pve - Proxmox Virtual Environment</title>",
                       ("Content-Type", "text/html; charset=utf-8"), ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2"))
             return
-        if parts[2:] == ["access", "domains"]:
+        format_, *parts = parts[1:]
+        if parts == ["access", "ticket"]:
+            self.format = format_ if format_ in self.FORMATS else "json"
+            self.login(parameters_of("", body, self.headers.get("Content-Type", "")))
+            return
+        if parts == ["access", "domains"]:
             self.send_data([{"realm": "pam", "type": "pam"}])
             return
-        if parts[2:] == ["access", "ticket"]:
-            self.login(parts[1], body)
-            return
-        user = self.user()
-        if user is None:
+        try:
+            user = self.user()
+        except Refused as refused:
             self.pve.hanging.wait(self.pve.auth_delay)
-            self.send_error_text(401, "No ticket" if not self.headers.get("Authorization") else "invalid token value!")
+            self.send(401, refused.text, None)
             return
-        match parts[2:]:
+        if format_ not in self.FORMATS:
+            raise Refused(501, f"no formatter for uri /{'/'.join(parts)}, format {format_}")
+        self.format = format_
+        self.call_of(user, parts, query, body)
+
+    def call_of(self, user: str, parts: list[str], query: str, body: bytes) -> None:
+        """A call of somebody whom PVE knows."""
+        match parts:
             case ["version"]:
                 self.send_data({"version": "9.0.3", "release": "9.0", "repoid": "025864202ebb6109"})
-            case ["cluster", "nextid"]:
-                with self.pve.lock:
-                    self.send_data(str(next(i for i in range(100, 10**6) if str(i) not in self.pve.guests)))
-            case ["nodes", node, ("lxc" | "qemu") as kind, source, "clone"] if self.command == "POST":
-                self.clone(kind, node, source, query, body, user)
-            case ["nodes", _, "tasks", upid, "status"]:
-                self.task_status(upid)
+            case ["empty"]:
+                self.send(200, "OK", None)
             case ["nodes", _, _, _, "vncwebsocket"] if self.headers.get("Upgrade") == "websocket":
                 self.console()
             case ["nodes", _, "download"]:
                 self.download(int(dict(urllib.parse.parse_qsl(query))["bytes"]))
-            case ["empty"]:
-                self.send(200, "OK", None)
+            case ["nodes" | "cluster", *_]:
+                self.from_pvedaemon = True
+                if self.pve.daemon_away:
+                    self.misbehave("595 Connection refused")
+                else:
+                    parameters = parameters_of(query, body, self.headers.get("Content-Type", ""))
+                    self.call_pvedaemon(user, parts, parameters, body)
             case _:
-                self.send_error_text(501, f"Method '{self.command} /{'/'.join(parts[2:])}' not implemented")
+                raise self.unknown(parts)
 
-    def login(self, format_: str, body: bytes) -> None:
+    def call_pvedaemon(self, user: str, parts: list[str], parameters: dict[str, object], body: bytes) -> None:
+        """A call that pveproxy hands on to pvedaemon."""
+        pve = self.pve
+        match [self.command, *parts]:
+            case ["GET", "cluster", "nextid"]:
+                self.send_data(pve.next_id(parameters))
+            case ["GET", "cluster", "resources"]:
+                self.send_data(pve.list_guests(CT, VM))
+            case ["GET", "nodes", _, ("lxc" | "qemu") as kind]:
+                self.send_data(pve.list_guests(kind))
+            case ["DELETE", "nodes", _, ("lxc" | "qemu") as kind, vmid]:
+                self.send_data(pve.delete(kind, vmid, user))
+            case ["GET", "nodes", _, "tasks"] if parameters.get("source") == "active":
+                self.send_data(pve.list_tasks(user, parameters))
+            case ["GET", "nodes", _, "tasks", upid, "status"]:
+                self.task_status(upid, user)
+            case ["POST", "nodes", node, ("lxc" | "qemu") as kind, source, "clone"]:
+                record = CloneRecord(time.monotonic(), self.path, source, "", self.fields, body)
+                self.clone(record, kind, node, parameters, user)
+            case _:
+                raise self.unknown(parts)
+
+    def unknown(self, parts: list[str]) -> Refused:
+        """The refusal of a call that there is not."""
+        return Refused(501, f"Method '{self.command} /{'/'.join(parts)}' not implemented")
+
+    def login(self, parameters: dict[str, object]) -> None:
         """A ticket for a password."""
-        if b"password=good" in body:
-            self.send_data({"ticket": "PVE:root@pam:good", "CSRFPreventionToken": "token"})
-        elif format_ == "extjs":
-            content = b'{"data":null,"success":0,"message":"authentication failure\\n","status":401}'
-            self.send(200, "OK", content, ("Content-Type", "application/json;charset=UTF-8"))
-        else:
+        if parameters.get("password") == "good":
+            self.send_data({"ticket": f"PVE:{parameters.get('username')}:good", "CSRFPreventionToken": "token"})
+            return
+        if self.format == "json":
             self.pve.hanging.wait(self.pve.auth_delay)
-            self.send_error_text(401, "authentication failure")
+        raise Refused(401, "authentication failure")
 
-    def clone(self, kind: str, node: str, source: str, query: str, body: bytes, user: str) -> None:
+    def clone(self, record: CloneRecord, kind: str, node: str, parameters: dict[str, object], user: str) -> None:
         """A clone, unless a fault comes first."""
         pve = self.pve
-        parameters = dict(urllib.parse.parse_qsl(query))
-        if body.startswith(b"{"):
-            parameters.update({name: str(value) for name, value in json.loads(body).items()})
-        else:
-            parameters.update(urllib.parse.parse_qsl(body.decode("latin-1")))
-        newid = parameters.get("newid", "")
-        record = CloneRecord(time.monotonic(), self.path, source, newid, list(self.headers.items()), body)
+        try:
+            if isinstance(parameters.get("newid"), list | dict):
+                raise Refused(403, "Permission check failed")  # no permission is found for such a path
+            record.newid = vmid_of(parameters, "newid")
+        except Refused as refused:
+            record.refused = refused
         with pve.lock:
-            fault = pve.clone_faults.popleft() if pve.clone_faults else pve.random_fault("clone")
-        record.fault = fault
-        if fault and not fault.startswith("+"):
+            record.fault = fault = pve.clone_faults.popleft() if pve.clone_faults else pve.random_fault("clone")
+        if fault == "daemon-stopped":
+            pve.hanging.wait(pve.daemon_delay)
+            self.misbehave("596 Connection timed out")
+            pve.clone(record, kind, node, user)
+        elif fault and fault != "no-worker" and not fault.startswith("+"):
             with pve.lock:
                 pve.clones.append(record)
             self.misbehave(fault)
-            return
-        record.status, text, upid = pve.clone(record, kind, node, user)
-        if fault.startswith("+"):
-            self.misbehave(fault[1:])
-        elif upid:
-            self.send_data(upid)
         else:
-            self.send_error_text(record.status, text)
+            pve.clone(record, kind, node, user)
+            self.answer_clone(record)
 
-    def task_status(self, upid: str) -> None:
+    def answer_clone(self, record: CloneRecord) -> None:
+        """The answer to a clone call that was carried out or refused."""
+        if self.pve.post_seconds:
+            self.pve.hanging.wait(self.pve.post_seconds)
+        if record.fault.startswith("+"):
+            self.misbehave(record.fault[1:])
+        elif record.refused:
+            raise record.refused
+        else:
+            self.send_data(record.upid)
+
+    def task_status(self, upid: str, user: str) -> None:
         """Running or stopped."""
         pve = self.pve
         with pve.lock:
             pve.polls += 1
             fault = pve.poll_faults.popleft() if pve.poll_faults else pve.random_fault("poll")
-            task = pve.tasks.get(upid)
-            pve.running()
         if fault:
             self.misbehave(fault)
-            return
-        if not task:
-            self.send_error_text(400, "Parameter verification failed.")
-            return
-        data = {"upid": upid, "node": upid.split(":")[1], "pid": task.process.pid, "type": "vzclone", "id": task.source}
-        if task.end:
-            self.send_data({**data, "status": "stopped", "exitstatus": task.exit_status})
         else:
-            self.send_data({**data, "status": "running"})
+            self.send_data(pve.task_status(upid, user))
 
     def upload(self, length: int) -> None:
         """A file of any size; the connection closes after it."""
@@ -2133,7 +2573,8 @@ class Cloning(unittest.TestCase):
             wires = queue_up(proxy, *(clone_request(201 + index) for index in range(3)))
             pve.wait_for_clones(1)
             self.assertEqual(proxy.get("/").status, 200)
-            self.assertEqual(proxy.ask(clone_request(300, path="/api2/extjs/nodes/pve/lxc/9000/clone")).status, 500)
+            refusal = proxy.ask(clone_request(300, path="/api2/extjs/nodes/pve/lxc/9000/clone"))
+            self.assertEqual((refusal.status, json.loads(refusal.body)["status"]), (200, 500))
             pve.finish()
             self.assertEqual([wire.message().status for wire in wires], [200] * 3)
 
@@ -2151,7 +2592,7 @@ class Cloning(unittest.TestCase):
 
     def test_vms_are_queued_when_asked_for(self) -> None:
         with FakePVE() as pve, Proxy(pve.url, "-qemu") as proxy:
-            path = "/api2/json/nodes/pve/qemu/9001/clone"
+            path = "/api2/json/nodes/pve/qemu/8001/clone"
             answers = at_once(4, lambda index: proxy.clone(201 + index, path=path))
             self.assertEqual(([answer.status for answer in answers], pve.overlaps), ([200] * 4, 0))
 
