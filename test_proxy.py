@@ -23,6 +23,7 @@ import functools
 import hashlib
 import http.client
 import http.server
+import itertools
 import json
 import os
 import random
@@ -579,16 +580,17 @@ class FakePVE:
         """End the tasks that run now, as if their work were done; wait for one if there is none yet. What starts later
         takes so many seconds."""
 
-        def kill() -> int:
+        def kill() -> list[Task]:
             with self.lock:
                 running = self.running()
                 if running:
                     self.clone_seconds = next_seconds
                 for task in running:
                     task.process.kill()
-            return len(running)
+            return running
 
-        wait_until(kill, "a task to run")
+        for task in wait_until(kill, "a task to run"):
+            task.process.wait()
 
     def wait_for_clones(self, count: int) -> None:
         """Wait until that many clone calls have arrived."""
@@ -1356,10 +1358,341 @@ def clone_request(newid: object, source: object = 9000, token: str = TOKEN, path
     ).encode()
 
 
+@dataclasses.dataclass
+class Choice:
+    """How a client that chose its VMID itself has fared."""
+
+    tries: int
+    newid: int
+    status: int
+    text: str  # of the last answer's status line
+    upid: str = ""
+
+
+@dataclasses.dataclass
+class Chooser:
+    """A client that chooses its VMID as real ones do, clones, and chooses again when the number is taken (or on any 500).
+
+    It speaks to a port of this host, be it PVE's or the proxy's, each request on a connection of its own. `start` is the
+    smallest number it wants, `address` the one it comes from. A method for each way to choose.
+    """
+
+    port: int
+    tls: bool = False
+    token: str = TOKEN
+    tries: int = 5
+    source: int = 9000
+    start: int = 100
+    address: str = "127.0.0.1"
+    patience: float = 600.0  # seconds it waits for an answer
+
+    def by_list(self) -> Choice:
+        """The smallest number that no guest has, as the cmux client does it."""
+        return self._clone(self._unlisted)
+
+    def by_nextid(self) -> Choice:
+        """PVE's own choice, as proxmoxer's users, Ansible and Packer do it."""
+        return self._clone(self._nextid)
+
+    def by_probe(self) -> Choice:
+        """The first number from `start` on that PVE says is free, as Telmate's provider does it."""
+        return self._clone(lambda: self._probe(self.start))
+
+    def by_nextid_then_probe(self) -> Choice:
+        """PVE's own choice, and the next ones if that is no longer free, as bpg's provider does it."""
+        return self._clone(lambda: self._probe(self._nextid()))
+
+    def _clone(self, choose: Callable[[], int]) -> Choice:
+        """Choose and clone, again and again if need be. A choice that can't be made ends it, with the number 0."""
+        for tries in range(1, self.tries + 1):
+            newid = 0
+            try:
+                newid = choose()
+                answer = self._ask(clone_request(newid, self.source, self.token))
+                return Choice(tries, newid, 200, "OK", json.loads(self._good(answer))["data"])
+            except Refused as refused:
+                choice = Choice(tries, newid, refused.status, refused.text)
+            if not newid or (choice.status != 500 and "already exists" not in choice.text):
+                break
+        return choice
+
+    def _unlisted(self) -> int:
+        taken = {int(guest["vmid"]) for kind in (CT, VM) for guest in self._get(f"/api2/json/nodes/pve/{kind}")}
+        return next(number for number in itertools.count(self.start) if number not in taken)
+
+    def _nextid(self) -> int:
+        return int(self._get("/api2/json/cluster/nextid"))
+
+    def _probe(self, number: int) -> int:
+        """The first number from this one on that is free."""
+        while True:
+            try:
+                return int(self._get(f"/api2/json/cluster/nextid?vmid={number}"))
+            except Refused as refused:
+                if refused.status != 400:
+                    raise
+            number += 1
+
+    def _get(self, path: str) -> Any:
+        """The data of a GET."""
+        request = f"GET {path} HTTP/1.1\r\nHost: pve\r\nAuthorization: {self.token}\r\nConnection: close\r\n\r\n"
+        return json.loads(self._good(self._ask(request.encode())))["data"]
+
+    def _ask(self, request: bytes) -> Message:
+        sock = socket.create_connection(("127.0.0.1", self.port), self.patience, (self.address, 0))
+        with Wire(client_context().wrap_socket(sock) if self.tls else sock) as wire:
+            wire.sock.settimeout(self.patience)
+            wire.send(request)
+            return wire.message()
+
+    def _good(self, answer: Message) -> bytes:
+        """The body of an answer of 200; Refused if it is another one."""
+        if answer.status != 200:
+            raise Refused(answer.status, answer.first[13:].decode("latin-1"))
+        return answer.body
+
+
 def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
     """The results of that many calls made at the same time."""
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         return list(pool.map(call, range(count)))
+
+
+# Tests of the simulated PVE itself
+
+
+def padding(count: int) -> str:
+    """So many header lines that say nothing."""
+    return "".join(f"X-{number}: x\r\n" for number in range(count))
+
+
+class SimulatedPVE(unittest.TestCase):
+    """What the other tests rely on: it is as odd as the real one."""
+
+    def setUp(self) -> None:
+        self.pve = self.enterContext(FakePVE(tls=""))
+
+    def ask(self, target: str, method: str = "GET", *, body: str = "", token: str = TOKEN, extra: str = "") -> Message:
+        """The answer to one request on a connection of its own."""
+        length = f"Content-Length: {len(body)}\r\n" if body else ""
+        with Wire.to(self.pve.port) as wire:
+            wire.send(f"{method} {target} HTTP/1.1\r\nAuthorization: {token}\r\n{extra}{length}\r\n{body}".encode())
+            return wire.message()
+
+    def data(self, target: str, token: str = TOKEN) -> Any:
+        """The data of a GET of the API."""
+        return json.loads(self.ask("/api2/json" + target, token=token).body)["data"]
+
+    def clone(self, newid: object, source: object = 9000, kind: str = "lxc", token: str = TOKEN) -> Message:
+        """The answer to a clone call."""
+        return self.ask(f"/api2/json/nodes/pve/{kind}/{source}/clone", "POST", body=f"newid={newid}", token=token)
+
+    def text(self, answer: Message) -> str:
+        """Status and reason of an answer."""
+        return answer.first[9:].decode()
+
+    def test_a_head_beyond_the_limits_on_a_fresh_connection_gets_no_answer(self) -> None:
+        for fields, answered in [
+            (padding(62), True), (padding(63), False), (f"X:{'x' * 8189}\r\n", True), (f"X:{'x' * 8190}\r\n", False)
+        ]:  # fmt: skip
+            with self.subTest(len(fields)), Wire.to(self.pve.port) as wire:
+                wire.send(f"GET / HTTP/1.1\r\n{fields}\r\n".encode())
+                if answered:
+                    self.assertEqual(wire.message().status, 200)
+                else:
+                    self.assertTrue(wire.closed())
+
+    def test_a_head_beyond_the_limits_on_a_used_connection_smuggles_a_request(self) -> None:
+        call = "X-a: POST /api2/json/nodes/pve/lxc/9000/clone?newid=953 HTTP/1.1"
+        with Wire.to(self.pve.port) as wire:
+            wire.send(GET)
+            self.assertEqual(wire.message().status, 200)
+            wire.send(f"GET / HTTP/1.1\r\n{padding(64)}{call}\r\nAuthorization: {TOKEN}\r\n\r\n".encode())
+            self.assertIn(b"vzclone", wire.message().body)
+        self.assertEqual([record.newid for record in self.pve.clones], ["953"])
+        with Wire.to(self.pve.port) as wire:
+            wire.send(GET)
+            wire.message()
+            wire.send(f"GET / HTTP/1.1\r\n{padding(65)}{call}\r\n\r\n".encode())
+            self.assertEqual(self.text(wire.message()), "400 bad request", "only the line behind the dropped one can be one")
+
+    def test_underscores_in_names_are_hyphens(self) -> None:
+        head = f"POST /api2/json/nodes/pve/lxc/9000/clone HTTP/1.1\r\nAuthorization: {TOKEN}\r\nContent_Length: 9\r\n\r\n"
+        with Wire.to(self.pve.port) as wire:
+            wire.send(head.encode() + b"newid=201")
+            self.assertEqual(wire.message().status, 200)
+
+    def test_paths_and_formats(self) -> None:
+        self.pve.locks["9000"] = "backup"
+        for target, text in [
+            ("json//nodes/pve%2flxc/9000/%63lone%0a", "500 CT is locked (backup)"),
+            ("htmljs/nodes/pve/lxc/9000/clone", "200 OK"),
+            *((f"{name}/nodes/pve/lxc/9000/clone", "500 CT is locked (backup)") for name in ("html", "png", "spiceconfig")),
+            ("text/nodes/pve/lxc/9000/clone", "501 no formatter for uri /nodes/pve/lxc/9000/clone, format text"),
+            ("json/nodes/pve/lxc/9000/clone%00", "501 Method 'POST /nodes/pve/lxc/9000/clone\0' not implemented"),
+        ]:
+            with self.subTest(target):
+                self.assertEqual(self.text(self.ask(f"/api2/{target}", "POST", body="newid=201")), text)
+
+    def test_parameters(self) -> None:
+        form, as_json = "", "application/json"
+        for query, body, content_type, newid in [
+            ("newid=7", "newid=8", form, "7"),
+            ("", "a=1;newid=201&b", form, "201"),
+            ("", "newid=904=5", form, "904"),
+            ("", "new%69d=+2%301", form, " 201"),
+            ("", "newid=1;newid=2&newid=3", form, ["1", "2", "3"]),
+            ("", "newid=", form, ""),
+            ("", "newid", form, None),
+            ("newid=3", "newid=1&newid=2", form, "3"),
+            ("", '{"newid":9}', as_json, 9),
+            ("", '{"newid":"9"}', "application/json; charset=utf-8", "9"),
+            ("", '{"newid":9}', form, None),
+        ]:
+            with self.subTest(query=query, body=body):
+                self.assertEqual(parameters_of(query, body.encode(), content_type).get("newid"), newid)
+        for newid, text in [
+            ("1&newid=1", "403 Permission check failed"), ("", "400 Parameter verification failed."),
+            ("x", "400 Parameter verification failed."), ("99", "400 Parameter verification failed."), ("0201", "200 OK"),
+        ]:  # fmt: skip
+            with self.subTest(newid):
+                self.assertEqual(self.text(self.clone(newid)), text)
+        self.assertIn("201", self.pve.guests)
+
+    def test_refusals_of_clones_and_their_order(self) -> None:
+        self.pve.clone_seconds = ENDLESS
+        self.assertEqual(self.text(self.clone(201)), "200 OK")
+        for newid, source, kind, text in [
+            (201, 9000, "lxc", "CT is locked (disk)"),
+            (202, 201, "lxc", "CT is locked (create)"),
+            (201, 9001, "lxc", "CT 201 already exists on node 'pve'"),
+            (8000, 9001, "lxc", "VM 8000 already exists on node 'pve'"),
+            (202, 8000, "lxc", "unable to find configuration file for CT 8000 on node 'pve'"),
+            (8001, 8000, "qemu", "unable to create VM 8001: config file already exists"),
+        ]:
+            with self.subTest(text):
+                self.assertEqual(self.text(self.clone(newid, source, kind)), f"500 {text}")
+        upid = json.loads(self.clone(201, 8000, "qemu").body)["data"]
+        status = f"/nodes/pve/tasks/{upid}/status"
+        wait_until(lambda: self.data(status)["status"] == "stopped")
+        self.assertRegex(self.data(status)["exitstatus"], r"^close \(rename\) atomic file '.*/201\.conf' failed: File exists$")
+        self.assertEqual([self.clone(newid, 8000, "qemu").status for newid in (301, 302)], [200, 200], "no lock on a VM")
+        self.assertEqual(self.pve.overlaps, 1)
+
+    def test_new_guests_are_listed_and_their_numbers_not_free(self) -> None:
+        self.pve.clone_seconds = ENDLESS
+        self.assertEqual(self.data("/cluster/nextid"), "100")
+        self.clone(100)
+        self.clone(101, 8000, "qemu")
+        self.assertEqual(self.data("/cluster/nextid"), "102")
+        self.assertEqual(self.data("/cluster/nextid?vmid=102"), "102")
+        answer = self.ask("/api2/json/cluster/nextid?vmid=100")
+        self.assertEqual(self.text(answer), "400 Parameter verification failed.")
+        self.assertEqual(json.loads(answer.body)["errors"], {"vmid": "VM 100 already exists"})
+        containers = {guest["vmid"]: guest.get("lock") for guest in self.data("/nodes/pve/lxc")}
+        self.assertEqual(containers, {100: "create", 9000: "disk", 9001: None, 9002: None})
+        self.assertIn(101, [guest["vmid"] for guest in self.data("/nodes/pve/qemu")])
+        self.assertEqual(len(self.data("/cluster/resources")), 7)
+        self.assertEqual(self.text(self.ask("/api2/json/nodes/pve/lxc/100", "DELETE")), "500 CT is locked (create)")
+        self.pve.finish()
+        self.assertEqual(self.ask("/api2/json/nodes/pve/lxc/100", "DELETE").status, 200)
+        self.assertEqual(self.data("/cluster/nextid"), "100")
+
+    def test_running_tasks_are_listed_for_their_owner_and_the_list_may_be_old(self) -> None:
+        other = "PVEAPIToken=o?d%d#@pve!ci=secret"
+        self.pve.clone_seconds = ENDLESS
+        upid = json.loads(self.clone(201, token=other).body)["data"]
+        self.assertTrue(upid.endswith(":o?d%d#@pve!ci:"))
+        path = "/nodes/pve/tasks?source=active&vmid=9000&typefilter=vzclone"
+        self.assertEqual([(task["upid"], task["status"]) for task in self.data(path, other)], [(upid, "RUNNING")])
+        self.assertEqual(self.data(path), [], "a token sees its own alone")
+        self.pve.privileged.add("root@pam!ci")
+        self.assertEqual(len(self.data(path)), 1)
+        self.assertEqual(self.data(path.replace("9000", "9001")), [])
+        self.pve.finish(ENDLESS)
+        status = f"/nodes/pve/tasks/{urllib.parse.quote(upid)}/status"
+        wait_until(lambda: self.data(status, other)["status"] == "stopped")
+        self.assertEqual(len(self.data(path)), 1, "still listed")
+        self.clone(202, 9001)
+        self.assertEqual(self.data(path), [], "a task's start brings the list up to date")
+        self.pve.list_age = 0
+        self.pve.finish()
+        wait_until(lambda: not self.data("/nodes/pve/tasks?source=active"))
+
+    def test_logins(self) -> None:
+        cookie = "Cookie: PVEAuthCookie=PVE:root@pam:good\r\n"
+        self.pve.auth_delay = 0.0
+        for method, token, extra, text in [
+            ("GET", "PVEAPIToken=root@pam!ci=wrong", "", "401 invalid token value!"),
+            ("GET", "PVEAPIToken=root@pam!t=secret", "", "401 invalid token value!"),
+            ("GET", "x", "", "401 No ticket"),
+            ("POST", "x", cookie, "401 Permission denied - invalid csrf token"),
+        ]:
+            with self.subTest(text):
+                answer = self.ask("/api2/json/version", method, token=token, extra=extra)
+                self.assertEqual((self.text(answer), answer.get("content-length"), answer.body), (text, None, b""))
+        cookie += "CSRFPreventionToken: token\r\n"
+        self.assertEqual(self.ask("/api2/json/version", "POST", token="x", extra=cookie).status, 200)
+        answer = self.ask("/api2/json/access/ticket", "POST", body="username=root@pam&password=bad")
+        self.assertEqual((answer.status, json.loads(answer.body)["data"]), (401, None))
+
+    def test_answers_of_pvedaemon_say_close_and_keep_alive(self) -> None:
+        with Wire.to(self.pve.port) as wire:
+            for path, connection in [("/cluster/nextid", [b"close", b"Keep-Alive"]), ("/version", [b"Keep-Alive"])]:
+                wire.send(f"GET /api2/json{path} HTTP/1.1\r\nAuthorization: {TOKEN}\r\n\r\n".encode())
+                self.assertEqual(wire.message().all("connection"), connection)
+
+    def test_workers_that_are_killed_stopped_or_not_started(self) -> None:
+        self.pve.clone_seconds = ENDLESS
+        self.clone(201)
+        self.clone(202, 9001)
+        killed, stopped = self.pve.tasks
+        self.pve.kill_worker(killed)
+        self.pve.stop_task(stopped)
+        self.pve.clone_faults.append("no-worker")
+        self.assertEqual(self.text(self.clone(203, 9002)), "500 got no worker upid - start worker failed")
+        statuses = [self.data(f"/nodes/pve/tasks/{upid}/status")["exitstatus"] for upid in (killed, stopped)]
+        self.assertEqual(statuses, ["unexpected status", "clone failed: interrupted by signal"])
+        self.assertEqual(self.pve.locks, {"9000": "disk", "201": "create", "9002": "disk", "203": "create"})
+        self.assertNotIn("202", self.pve.guests)
+
+    def test_pve_away(self) -> None:
+        with Wire.to(self.pve.port) as idle:
+            idle.send(GET)
+            idle.message()
+            self.pve.daemon_away = True
+            answer = self.clone(201)
+            self.assertEqual((self.text(answer), answer.body, self.pve.clones), ("595 Connection refused", b"", []))
+            self.pve.daemon_away = False
+            self.pve.clone_faults.append("daemon-stopped")
+            answer = self.clone(201)
+            self.assertEqual((self.text(answer), answer.get("content-length")), ("596 Connection timed out", None))
+            wait_until(lambda: "201" in self.pve.guests, "the clone to run all the same")
+            self.pve.go_away()
+            self.assertTrue(idle.closed())
+        with self.assertRaises(ConnectionRefusedError):
+            Wire.to(self.pve.port)
+        self.pve.come_back()
+        self.assertEqual(self.ask("/").status, 200)
+
+    def test_clients_that_choose_their_numbers(self) -> None:
+        self.pve.clone_seconds = ENDLESS
+        chooser = Chooser(self.pve.port, tries=2)
+        for number, choose in enumerate(
+            [chooser.by_list, chooser.by_nextid, chooser.by_probe, chooser.by_nextid_then_probe], 100
+        ):
+            with self.subTest(choose.__name__):
+                choice = choose()
+                self.assertEqual((choice.tries, choice.newid, choice.status), (1, number, 200))
+                self.pve.finish(ENDLESS)
+        self.pve.clone_faults.append("500 CT 104 already exists on node 'pve'")
+        choice = chooser.by_list()
+        self.assertEqual((choice.tries, choice.newid, choice.status), (2, 104, 200))
+        choice = chooser.by_nextid()
+        self.assertEqual((choice.tries, choice.newid, choice.text), (2, 105, "CT is locked (disk)"))
+        self.pve.daemon_away = True
+        choice = chooser.by_probe()
+        self.assertEqual((choice.tries, choice.newid, choice.status), (1, 0, 595))
 
 
 # Tests of single functions
