@@ -4157,9 +4157,11 @@ def fake_pve(port: int) -> int:
     """Run the simulated PVE until Ctrl-C."""
     seconds = float(os.environ.get("FAKE_PVE_CLONE_SECONDS", "2"))
     with FakePVE(port, clone_seconds=seconds, auth_delay=3) as pve:
+        pve.head_delay = 5
         print(f"fake PVE: {pve.url}", flush=True)
         print(f"""
-It knows the templates 9000, 9001 and 9002 on the node pve; a clone takes {seconds:g} s (FAKE_PVE_CLONE_SECONDS).
+It knows the templates 9000, 9001 and 9002 (VMs: 8000 and 8001) on the node pve; a clone takes {seconds:g} s
+(FAKE_PVE_CLONE_SECONDS).
 A clone straight to it, and one through the proxy (python3 pve_clone_queue_proxy.py -backend {pve.url}):
 
   curl -k -H 'Authorization: {TOKEN}' -d newid=101 {pve.url}/api2/json/nodes/pve/lxc/9000/clone
