@@ -10,29 +10,29 @@ ended, and only then returns PVE's own answer. Everything else (web GUI, console
 
 The way of a request:
 
-1. `ProxyServer` accepts the connection and gives it a thread of its own, in which a `ProxyHandler` lives.
-2. The handler reads the request's head with `MessageReader`, the one strict reader for requests and answers alike.
-3. An ordinary request goes to PVE on a connection of `Backend`, and PVE's answer is streamed back. For a WebSocket
-   `run_tunnel` then passes the bytes on, both ways.
-4. A clone becomes a `CloneJob`, which the handler admits to the `CloneQueue`; then it waits for its event. The main
-   thread looks twice a second whether the clients of all clones are still there.
-5. The queue's one worker thread claims the job, posts it to PVE, reads the UPID, waits for the task (by polling its
-   status, and by watching its process where that runs on this host), stores PVE's answer and sets the event. Only
-   then does it take the next job. A source that is locked by somebody else is tried again later.
+1. `ProxyServer`, a ThreadingHTTPServer, accepts the connection and gives it a thread, in which a `ProxyHandler` lives.
+2. The handler reads the request's head from its `Wire`, the one strict reader for requests and answers alike.
+3. An ordinary request goes out through `Backend`, which speaks http.client, and PVE's answer is streamed back. For a
+   WebSocket `run_tunnel` then passes the bytes on, both ways.
+4. A clone becomes a `CloneJob` in the `CloneQueue`, a queue.Queue, and the handler waits for its client's event.
+5. `CloneWorker`, one thread, takes the job whose turn it is, posts it to PVE, reads the UPID, waits for the task (by
+   polling its status, and by watching its process where that runs on this host), and hands PVE's answer to the queue,
+   which sets the event. Only then does it take the next job. A source that somebody else has locked is tried again later.
 6. The handler writes PVE's answer to its client.
 
-The rooms of this file, each of which needs only those above it: Settings, Messages, Backend, Clone queue, Handler,
-Server, Operation (systemd, status page, metrics), main. Run it with -help to see its flags.
+The rooms of this file, each of which needs only those above it: Settings, Messages, Backend, Clone queue, VMIDs, Handler,
+Server, Operation (systemd, status page, metrics, -check), main. Run it with -help to see its flags.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
+import calendar
 import contextlib
-import ctypes
 import enum
 import errno
-import functools
+import glob
 import hashlib
 import http.client
 import http.server
@@ -40,6 +40,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import os
 import queue
 import random
@@ -57,17 +58,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
-VERSION = "2.0.0"
+VERSION = "2.1.0"
 PROGRAM = "pve-clone-queue-proxy"
 
 log = logging.getLogger(PROGRAM)
 
 
-# Settings: flags as Go's flag package reads them, since existing command lines must go on working.
+# Settings: flags in the syntax of Go's flag package, since existing command lines must go on working.
 
 
 class FlagError(Exception):
-    """A flag or its value is wrong; the text names both."""
+    """A flag, its value or the file that it names is wrong; the text names flag and value."""
 
 
 _DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -78,59 +79,62 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%a-z]+\]|[A-Za-z0-9._-]*):([0-9]{1,5})")
 _LONGEST_DURATION = 10 * 365 * 86400.0
 
 
+class WrongValue(argparse.ArgumentTypeError):
+    """A flag's value is wrong; argparse puts the flag's name before the text."""
+
+    def __init__(self, text: str, wanted: str) -> None:
+        super().__init__(f"invalid value {text!r}: {wanted}")
+
+
 def parse_duration(text: str) -> float:
-    """Seconds of a Go duration: `300ms`, `1.5h`, `1m30s`, `.5s`, `0`. Raises ValueError."""
+    """Seconds of a Go duration: `300ms`, `1.5h`, `1m30s`, `.5s`, `0`."""
     if not _DURATION.fullmatch(text):
-        raise ValueError("want a duration such as 500ms, 30s, 5m or 1h30m")
+        raise WrongValue(text, "want a duration such as 500ms, 30s, 5m or 1h30m")
     seconds = sum(float(number) * _DURATION_UNITS[unit] for number, unit in _DURATION_PART.findall(text))
     if seconds > _LONGEST_DURATION:
-        raise ValueError("longer than ten years")
+        raise WrongValue(text, "longer than ten years")
     return seconds
 
 
 def parse_timeout(text: str) -> float:
     """Seconds of a Go duration that must be more than zero."""
-    seconds = parse_duration(text)
-    if seconds <= 0:
-        raise ValueError("must be more than 0")
-    return seconds
+    if not parse_duration(text):
+        raise WrongValue(text, "must be more than 0")
+    return parse_duration(text)
 
 
 def parse_bool(text: str) -> bool:
     """The truth values that Go's flag package takes."""
-    if text in ("1", "t", "T", "true", "TRUE", "True"):
-        return True
-    if text in ("0", "f", "F", "false", "FALSE", "False"):
-        return False
-    raise ValueError("want true or false")
+    if text not in ("1", "t", "T", "true", "TRUE", "True", "0", "f", "F", "false", "FALSE", "False"):
+        raise WrongValue(text, "want true or false")
+    return text[0] in "1tT"
 
 
 def parse_count(text: str) -> int:
     """A number from 1 to a million."""
     if not re.fullmatch("[0-9]{1,7}", text) or not 1 <= int(text) <= 1_000_000:
-        raise ValueError("want a number of 1 or more")
+        raise WrongValue(text, "want a number of 1 or more")
     return int(text)
 
 
 def parse_answer(text: str) -> str:
     """When a clone's client gets PVE's answer."""
     if text not in ("complete", "started"):
-        raise ValueError("want complete or started")
+        raise WrongValue(text, "want complete or started")
     return text
-
-
-def _port(text: str) -> int:
-    if int(text) > 65535:
-        raise ValueError("no such port")
-    return int(text)
 
 
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`, `:PORT` (host is then "") or `[::1]:PORT`."""
     match = _ADDRESS.fullmatch(text)
-    if not match:
-        raise ValueError("want HOST:PORT, :PORT or [IPV6]:PORT")
-    return match[1].strip("[]"), _port(match[2])
+    if not match or int(match[2]) > 65535:
+        raise WrongValue(text, "want HOST:PORT, :PORT or [IPV6]:PORT")
+    return match[1].strip("[]"), int(match[2])
+
+
+def host_port(host: str, port: int) -> str:
+    """`HOST:PORT`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class BackendAddress(NamedTuple):
@@ -141,110 +145,74 @@ class BackendAddress(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}"
-
-    @property
-    def authority(self) -> str:
-        """`host:port`, as in a Host field."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return f"{self.scheme}://{host_port(self.host, self.port)}"
 
 
 def parse_backend(text: str) -> BackendAddress:
     """The backend of a URL without a path."""
     match = _BACKEND.fullmatch(text)
-    if not match:
-        raise ValueError("want http(s)://HOST[:PORT] without a path")
-    scheme, host, port = match.groups()
-    return BackendAddress(scheme, host.strip("[]"), _port(port or {"http": "80", "https": "443"}[scheme]))
+    port = int(match[3] or {"http": 80, "https": 443}[match[1]]) if match else 0
+    if not match or port > 65535:
+        raise WrongValue(text, "want http(s)://HOST[:PORT] without a path")
+    return BackendAddress(match[1], match[2].strip("[]"), port)
 
 
-class Settings(NamedTuple):
-    """What the flags say, durations in seconds. FLAGS tells what each of them means."""
-
-    listen: tuple[str, int] = ("", 8081)
-    backend: BackendAddress = BackendAddress("https", "127.0.0.1", 8006)
-    insecure: bool = True
-    ca: str = ""
-    poll_delay: float = 0.5
-    task_timeout: float = 300.0
-    request_timeout: float = 30.0
-    lock_timeout: float = 300.0
-    queue_size: int = 100
-    answer: str = "complete"
-    qemu: bool = False
-    tls_cert: str = ""
-    tls_key: str = ""
-    status_listen: tuple[str, int] | None = None
-    verbose: bool = False
+def parse_file(text: str) -> str:
+    """The path of a file. A bare name is looked for among the service's credentials first (systemd.exec(5),
+    LoadCredential=)."""
+    credential = os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", ""), text)
+    return credential if text and "/" not in text and os.path.isfile(credential) else text
 
 
-# How each flag's value is read, and its line in -help. (A NamedTuple, since dataclasses takes 1 MB of memory.)
-FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "listen": (parse_address, "address to listen on: HOST:PORT or :PORT"),
-    "backend": (parse_backend, "the PVE API, http(s)://HOST[:PORT]"),
-    "insecure": (parse_bool, "do not verify the backend's certificate"),
-    "ca": (str, "PEM file to verify the backend's certificate with (-insecure=false)"),
-    "poll-delay": (parse_duration, "longest delay between task status polls"),
-    "task-timeout": (parse_timeout, "longest time a client waits for its started clone"),
-    "request-timeout": (parse_timeout, "longest silence of the backend in one request"),
-    "lock-timeout": (parse_duration, "how long to retry when PVE says that the source is locked"),
-    "queue-size": (parse_count, "how many clones may wait"),
-    "answer": (parse_answer, "when a clone is answered: complete, or as soon as it has started"),
-    "qemu": (parse_bool, "queue clones of VMs too"),
-    "tls-cert": (str, "listen with TLS: PEM file of the certificate chain"),
-    "tls-key": (str, "listen with TLS: PEM file of the private key"),
-    "status-listen": (parse_address, "address of the status page and metrics"),
-    "verbose": (parse_bool, "also log every relayed request"),
+Settings = argparse.Namespace  # what the flags say, durations in seconds: `poll_delay` for -poll-delay, and so on
+
+# How each flag's value is read, its default as one would write it, and its line in -help.
+FLAGS: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
+    "listen": (parse_address, ":8081", "address to listen on: HOST:PORT or :PORT"),
+    "backend": (parse_backend, "https://127.0.0.1:8006", "the PVE API, http(s)://HOST[:PORT]"),
+    "insecure": (parse_bool, "true", "do not verify the backend's certificate"),
+    "ca": (parse_file, "", "PEM file to verify the backend's certificate with (-insecure=false)"),
+    "poll-delay": (parse_duration, "500ms", "longest delay between task status polls"),
+    "task-timeout": (parse_timeout, "5m", "longest time a client waits for its started clone"),
+    "request-timeout": (parse_timeout, "30s", "longest silence of the backend in one request"),
+    "lock-timeout": (parse_duration, "5m", "how long a clone waits for a locked source, or for PVE to come back"),
+    "queue-size": (parse_count, "100", "how many clones may wait"),
+    "answer": (parse_answer, "complete", "when a clone is answered: complete, or as soon as it has started"),
+    "qemu": (parse_bool, "false", "queue clones of VMs too"),
+    "reserve-nextid": (parse_duration, "0", "how long a VMID of /cluster/nextid is given to nobody else; 0: off"),
+    "tls-cert": (parse_file, "", "listen with TLS: PEM file of the certificate chain"),
+    "tls-key": (parse_file, "", "listen with TLS: PEM file of the private key"),
+    "status-listen": (parse_address, None, "address of the status page and metrics"),
+    "verbose": (parse_bool, "false", "also log every relayed request"),
+    "check": (parse_bool, "false", "check everything that a start needs, say what is wrong, and exit"),
 }
 
 
-def _default_text(value: Any) -> str:
-    if value == "" or value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple) and not isinstance(value, BackendAddress):
-        return f"{value[0]}:{value[1]}"
-    if isinstance(value, float):
-        return f"{value / 60:g}m" if value >= 60 else f"{value:g}s" if value >= 1 else f"{value * 1000:g}ms"
-    return str(value)
+class FlagParser(argparse.ArgumentParser):
+    """argparse, whose errors are raised in place of being printed with the usage."""
 
-
-def usage() -> str:
-    """The text of -help, in the shape that Go's flag package gives it."""
-    lines = [f"Usage of {PROGRAM}:"]
-    for name, (_, text) in FLAGS.items():
-        default = _default_text(Settings._field_defaults[name.replace("-", "_")])
-        lines += [f"  -{name}", f"    \t{text}" + (f" (default {default})" if default else "")]
-    lines += ["  -version", "    \tprint the version and exit", "  -help", "    \tprint this text and exit"]
-    return "\n".join(lines)
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for whatever is wrong."""
+        raise FlagError(message)
 
 
 def parse_flags(arguments: list[str]) -> Settings:
-    """Settings of a command line in Go's syntax: `-flag value`, `-flag=value`, one dash or two; a bool's value only
-    after `=`. Raises FlagError."""
-    values: dict[str, Any] = {}
-    rest = deque(arguments)
-    while rest:
-        argument = rest.popleft()
-        match = re.fullmatch(r"--?([A-Za-z][A-Za-z-]*)(?:=(.*))?", argument, re.DOTALL)
-        if not match:
-            raise FlagError(f"unexpected argument {argument!r}")
-        name, value = match.groups()
-        if name not in FLAGS:
-            raise FlagError(f"unknown flag -{name}")
-        parse, _ = FLAGS[name]
-        if value is None and parse is parse_bool:
-            value = "true"
-        if value is None:
-            if not rest:
-                raise FlagError(f"flag -{name} needs a value")
-            value = rest.popleft()
-        try:
-            values[name.replace("-", "_")] = parse(value)
-        except ValueError as error:
-            raise FlagError(f"invalid value {value!r} for flag -{name}: {error}") from None
-    settings = Settings(**values)
+    """Settings of a command line in Go's syntax: `-flag value`, `-flag=value`, one dash or two; of a flag given twice the
+    last one counts. Raises FlagError, and SystemExit for -help and -version, which it prints."""
+    parser = FlagParser(PROGRAM, f"{PROGRAM} [-flag value] ...", add_help=False, allow_abbrev=False)
+    for name, (parse, default, text) in FLAGS.items():
+        text += f" (default {default})" if default else ""
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if parse is parse_bool else {}  # it may stand alone
+        parser.add_argument(f"-{name}", type=parse, default=default, help=text, metavar="VALUE", **switch)
+    parser.add_argument("-version", action="version", version=f"{PROGRAM} {VERSION}", help="print the version and exit")
+    parser.add_argument("-help", "-h", action="help", help="print this text and exit")
+    # One dash each: with two as well, -help would show every flag twice.
+    arguments = [re.sub("^--(?=[a-z])", "-", argument) for argument in arguments]
+    for argument in arguments:  # argparse would take a flag's first letters for the flag
+        name = argument.partition("=")[0]
+        if re.match("-[A-Za-z]", name) and name[1:] not in {*FLAGS, "version", "help", "h"}:
+            raise FlagError(f"unknown flag {name}")
+    settings = parser.parse_args(arguments, Settings())
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise FlagError("flags -tls-cert and -tls-key belong together: one of them is missing")
     if settings.ca and settings.insecure:
@@ -252,37 +220,35 @@ def parse_flags(arguments: list[str]) -> Settings:
     return settings
 
 
-# Messages: RFC 9112 read strictly from bytes, for requests and responses alike, and the proxy's own error answers.
+# Messages: RFC 9112 read strictly, for requests and answers alike, from a socket that never blocks.
 
-# RFC 9112 5 and RFC 9110 5.5: a token, a colon directly behind it, a value without control bytes; with its CRLF.
-# The value's outer blanks are left in it here and stripped later: optional blanks in the regex could backtrack.
-_FIELD = re.compile(rb"(([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n)")
-_FIELDS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+")
+# The grammar. Text is latin-1, as in http.client and http.server.
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 5.6.2
+VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]"  # RFC 9110 5.5, without control characters
+# RFC 9112 5: a name, a colon directly behind it, a value; with its CRLF. The value's outer blanks are stripped later:
+# optional blanks in the pattern could backtrack.
+FIELD = re.compile(rf"({TOKEN}+):({VALUE}*)\r\n")
+FIELDS = re.compile(rf"(?:{TOKEN}++:{VALUE}*+\r\n)*+")
 # RFC 9112 2.2: bare CR and bare LF are refused, and so are control bytes. Seen as soon as they arrive.
-_BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
+BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 # RFC 9112 3: one blank between the parts; RFC 3986: a target is visible ASCII, and a fragment is never sent.
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}) ([!\"$-~]+) HTTP/([0-9])\.([0-9])")
-# RFC 9112 3.2.2
-_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?]+)(.*)")
+REQUEST_LINE = re.compile(rf"({TOKEN}{{1,64}}) ([!\"$-~]+) HTTP/([0-9])\.([0-9])")
+ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?]+)(.*)")  # RFC 9112 3.2.2
 # RFC 9110 7.2 with RFC 3986 3.2.2, userinfo left out
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
 # RFC 9112 4. The blank behind the status code is optional here: some servers leave it out with an empty reason.
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01])( ([1-9][0-9]{2})(?: [\t -~\x80-\xff]*)?)")
-# RFC 9110 8.6
-_CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
-# RFC 9112 7.1 and 7.1.1
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9110 8.6
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # RFC 9112 7.1, 7.1.1
+# RFC 9110 15.2: whole interim answers, of which an upgrade (101) is none.
+INTERIM = re.compile(rf"(?:HTTP/1\.[01] 1(?!01)[0-9]{{2}}(?: [\t -~\x80-\xff]*)?\r\n(?:{FIELD.pattern})*+\r\n)*".encode())
+INTERIM_BEGIN = b"HTTP/1.1 1"
 
 MAX_LINE = 16 * 1024
 MAX_HEAD = 64 * 1024
-MAX_FIELDS = 100
-MAX_CACHED = 2048  # bytes of a head whose parsed form is kept in memory
-CACHED_HEADS = 64
 MAX_CHUNK_LINE = 256
-MAX_INTERIM = 10
-RECEIVE_SIZE = 16 * 1024
-PIECE_SIZE = 256 * 1024
-LONGEST_POLL = 3600.0
+RECEIVE_SIZE = 64 * 1024
+CHECK_SECONDS = 0.5
 
 # Lengths of a body that are not a number of bytes: RFC 9112 6.3, items 4 and 8.
 CHUNKED = -1
@@ -290,24 +256,20 @@ UNTIL_CLOSE = -2
 
 # RFC 9110 7.6.1 names the first six; the proxy's own authentication and Trailer end here too (trailers are dropped).
 HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-connection te transfer-encoding upgrade"
-    b" trailer proxy-authenticate proxy-authorization".split()
-)
-_UNFRAMED_DROP = HOP_BY_HOP | {b"content-length"}
+    ("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "trailer", "proxy-authenticate",
+     "proxy-authorization")
+)  # fmt: skip
 # These too are the proxy's own business in a request.
-REQUEST_DROP = HOP_BY_HOP | {b"expect", b"x-forwarded-for"}
-_UPGRADE_DROP = REQUEST_DROP - {b"upgrade"}
+REQUEST_DROP = HOP_BY_HOP | {"expect", "x-forwarded-for"}
 # What a Connection field can't make the proxy drop, whatever it names. (Upgrade is dropped or kept for its own reasons.)
 PROTECTED = frozenset(
-    b"host content-length content-type authorization cookie set-cookie csrfpreventiontoken upgrade".split()
+    ("host", "content-length", "content-type", "authorization", "cookie", "set-cookie", "csrfpreventiontoken", "upgrade")
 )
-# What a field with `_` in its name can't stand for.
-_AMBIGUOUS = REQUEST_DROP | PROTECTED
 
-_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-Bytes = bytes | bytearray | memoryview
-Deadline = Callable[[], float]
+Fields = list[tuple[str, str]]  # names and values, in their order
+Check = Callable[[], None]
 
 
 class Refusal(Exception):
@@ -315,175 +277,78 @@ class Refusal(Exception):
 
     def __init__(self, status: int, reason: str, *, data: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.data = data
-        self.retry_after = retry_after
+        self.status, self.reason, self.data, self.retry_after = status, reason, data, retry_after
+
+
+class Malformed(Refusal):
+    """A message that is not HTTP as RFC 9112 has it; status and reason are for the client that sent it."""
 
 
 class Disconnected(Exception):
-    """The connection to the peer is over: it broke, or (EndOfStream) the peer closed it."""
+    """The connection to the peer is over."""
 
 
 class EndOfStream(Disconnected):
-    """The peer closed the connection."""
+    """The same, in good order: the peer closed it."""
 
 
 class Stalled(Exception):
     """The peer did not send or take a byte before the deadline."""
 
 
-class Watch(NamedTuple):
-    """Another descriptor to look at while a socket is waited for: `look` is called on its `events`, and may raise to
-    end the wait."""
-
-    fd: int
-    events: int
-    look: Callable[[], None]
-
-
-def within(seconds: float) -> Deadline:
-    """A deadline that starts anew each time it is asked for: a limit on silence."""
-    return lambda: time.monotonic() + seconds
-
-
-def printable(text: bytes | str, limit: int = 300) -> str:
+def printable(text: str, limit: int = 300) -> str:
     """Text of a peer's, made safe for one line of a log: only printable ASCII, at most `limit` characters."""
-    if isinstance(text, bytes):
-        text = text.decode("latin-1")
     return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", text[:limit])
 
 
-def field_text(text: str) -> str:
-    """The same for a value within a line, without blanks."""
-    return printable(text).replace(" ", "\\x20")
+def word(text: str) -> str:
+    """The same for a value within a line, without blanks; `-` for none."""
+    return printable(text).replace(" ", "\\x20") or "-"
 
 
-class Fields:
-    """A head's field lines in their order, checked. Never changed, since equal heads share them.
+def reason_of(error: Exception) -> str:
+    """What an error says, for people: without Python's numbers and OpenSSL's places in its source."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return printable(re.sub(r"^\[[^]]*\] |^_ssl\.c:[0-9]+: | \(_ssl\.c:[0-9]+\)$", "", text))
 
-    `lines` holds each field's lower-case name and its whole line as it came; `values` holds each name's values.
+
+class Wire:
+    """One peer's connection, plain or TLS, on a non-blocking socket, used by one thread at a time.
+
+    It is what http.client holds as its `sock` (`sendall`, `close`) and BaseHTTPRequestHandler as its `wfile` (`write`,
+    `flush`). Whatever waits raises Disconnected when the connection is over, and Stalled after `silence` seconds without a
+    byte given or taken, or at the absolute time `end`, if that is set. `check` is called twice a second in a wait, and may
+    raise to end it. What was received beyond what was asked for stays in `buffer`.
     """
 
-    __slots__ = ("lines", "values")
+    __slots__ = ("_pending", "_poll", "_unsent", "buffer", "check", "end", "heads", "silence", "sock")
 
-    def __init__(self, block: bytes) -> None:
-        """Parse field lines, each ended by CRLF. Raises Refusal (400 or 431)."""
-        if block.count(b"\r\n") > MAX_FIELDS:
-            raise Refusal(431, f"more than {MAX_FIELDS} header fields")
-        if not _FIELDS.fullmatch(block):
-            raise Refusal(400, _what_is_wrong(block))
-        self.lines: list[tuple[bytes, bytes]] = []
-        self.values: dict[bytes, list[bytes]] = {}
-        for line, field_name, value in _FIELD.findall(block):
-            name = field_name.lower()
-            self.lines.append((name, line))
-            self.values.setdefault(name, []).append(value.strip(b" \t"))
-
-    def one(self, name: bytes) -> bytes | None:
-        """The value of a field that may stand once. Raises Refusal if it stands twice."""
-        values = self.values.get(name, [None])
-        if len(values) > 1:
-            raise Refusal(400, f"more than one {name.decode()} field")
-        return values[0]
-
-    def tokens(self, name: bytes) -> set[bytes]:
-        """The lower-case elements of a list-valued field (RFC 9110 5.6.1)."""
-        values = self.values.get(name, [])
-        return {element.strip(b" \t").lower() for value in values for element in value.split(b",")}
-
-    def end_to_end(self, drop: frozenset[bytes]) -> bytes:
-        """The lines of the fields that go on to the next hop (RFC 9110 7.6.1): without those in `drop` and those that
-        a Connection field names."""
-        drop = drop | (self.tokens(b"connection") - PROTECTED)
-        return b"".join([line for name, line in self.lines if name not in drop])
-
-    def framing(self, http11: bool) -> int | None:
-        """Length of the body by Content-Length, CHUNKED, or None where no field says one (RFC 9112 6). Stricter than
-        the RFC: both fields together, repeats and other codings are refused. Raises Refusal."""
-        if b"transfer-encoding" in self.values:
-            if not http11:
-                raise Refusal(400, "Transfer-Encoding in HTTP/1.0")
-            if b"content-length" in self.values:
-                raise Refusal(400, "both Transfer-Encoding and Content-Length")
-            coding = self.one(b"transfer-encoding") or b""
-            if coding.lower() != b"chunked":
-                raise Refusal(501, "a Transfer-Encoding other than chunked")
-            return CHUNKED
-        length = self.one(b"content-length")
-        if length is None:
-            return None
-        if not _CONTENT_LENGTH.fullmatch(length):
-            raise Refusal(400, "Content-Length is not a number")
-        return int(length)
-
-    def keep_alive(self, http11: bool) -> bool:
-        """Whether the connection may be used again (RFC 9112 9.3)."""
-        if b"connection" not in self.values:
-            return http11
-        options = self.tokens(b"connection")
-        return b"close" not in options and (http11 or b"keep-alive" in options)
-
-
-def _what_is_wrong(block: bytes) -> str:
-    """Why a block of field lines was refused: the reason of the first bad line."""
-    for line in block.split(b"\r\n"):
-        if line[:1] in (b" ", b"\t"):
-            return "line folding in the header (RFC 9112 5.2)"
-        name, colon, value = line.partition(b":")
-        if line and not colon:
-            return "a header line without a colon"
-        if name != name.rstrip(b" \t"):
-            return "a blank before a header line's colon (RFC 9112 5.1)"
-        if line and not _FIELD.fullmatch(name + b":\r\n"):
-            return "a header field's name is not a token"
-        if not _FIELD.fullmatch(b"x:" + value + b"\r\n"):
-            return "a control byte in a header field's value"
-    return "malformed header"
-
-
-class MessageReader:
-    """Reads messages from one non-blocking socket, plain or TLS, with bounded sizes and deadlines.
-
-    Bytes beyond what was asked for stay in `buffer`. One other descriptor can be watched while this one is waited for.
-    Used by one thread at a time. Methods raise Refusal on a malformed message, Disconnected and Stalled.
-    """
-
-    __slots__ = ("_fd", "_pending", "_poll", "_read", "_space", "_watch", "buffer", "sock")
-
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, silence: float) -> None:
+        sock.setblocking(False)
         self.sock = sock
+        self.silence = silence
+        self.end: float | None = None
+        self.check: Check | None = None
         self.buffer = bytearray()
-        self._fd = sock.fileno()
-        tls = sock if isinstance(sock, ssl.SSLSocket) else None
-        self._pending = tls.pending if tls else None
-        self._read: Callable[[int], bytes] = tls.read if tls else sock.recv
+        self.heads = 0  # that were read
+        self._unsent: list[bytes] = []
+        self._pending = sock.pending if isinstance(sock, ssl.SSLSocket) else None
         self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
-        self._space: memoryview | None = None
-        self._watch: Watch | None = None
 
-    def watch(self, watch: Watch) -> None:
-        """Look at another descriptor, too, while this socket is waited for."""
-        self._watch = watch
-        self._poll.register(watch.fd, watch.events)
-
-    def unwatch(self) -> None:
-        """End what `watch` began. To be called before the watched descriptor is closed."""
-        if self._watch:
-            self._poll.unregister(self._watch.fd)
-            self._watch = None
-
-    def wait(self, deadline: float) -> None:
-        """Wait until there is something to read: a byte, the end, or an error."""
+    def wait(self, events: int) -> None:
+        """Wait until the socket is ready, the one way to wait for it."""
         # TLS may hold decrypted bytes that the descriptor does not show.
-        if self._pending is not None and self._pending():
+        if events == select.POLLIN and self._pending and self._pending():
             return
-        while (seconds := deadline - time.monotonic()) > 0:
-            for fd, _ in self._poll.poll(min(seconds, LONGEST_POLL) * 1000):
-                if fd == self._fd or not self._watch:
-                    return
-                self._watch.look()
+        self._poll.register(self.sock, events)
+        now = time.monotonic()
+        deadline = now + self.silence if self.end is None else self.end
+        while now < deadline:
+            if self._poll.poll(min(deadline - now, CHECK_SECONDS) * 1000):
+                return
+            if self.check:
+                self.check()
+            now = time.monotonic()
         raise Stalled
 
     def holds_more(self) -> bool:
@@ -492,342 +357,356 @@ class MessageReader:
 
     def readable(self) -> bool:
         """Whether a byte, the end or an error has arrived that has not been received yet."""
+        self._poll.register(self.sock, select.POLLIN)
         return bool(self._poll.poll(0))
 
-    def fill_now(self) -> bool:
-        """Add what is there to `buffer` without waiting; False if nothing is (a TLS ticket, say). Raises Disconnected
-        at the end of the stream."""
+    # Receiving
+
+    def receive_now(self, size: int = RECEIVE_SIZE) -> bytes | None:
+        """What has arrived, at most `size` bytes; None if nothing has."""
         try:
-            data = self._read(RECEIVE_SIZE)
-        except _WOULD_BLOCK:
-            return False
+            data = self.sock.recv(size)
+        except WOULD_BLOCK:
+            return None
         except OSError as error:
-            raise Disconnected(str(error)) from None
+            raise Disconnected(reason_of(error)) from None
         if not data:
             raise EndOfStream("the connection was closed")
-        self.buffer += data
-        return True
+        return data
 
-    def fill(self, deadline: float) -> None:
-        """Add at least one byte to `buffer`."""
-        while not self.fill_now():
-            self.wait(deadline)
+    def receive(self, size: int = RECEIVE_SIZE) -> bytes:
+        """At least one byte, at most `size`."""
+        while (data := self.receive_now(size)) is None:
+            self.wait(select.POLLIN)
+        return data
 
-    def head(self, deadline: float) -> bytes:
-        """Read a start line and field lines, each with its CRLF, up to their empty line, all before the deadline."""
+    def head(self) -> str:
+        """A start line and field lines, each with its CRLF, up to their empty line. Raises Malformed."""
         buffer = self.buffer
+        if not buffer:  # who has just been spoken to can't have answered yet
+            self.wait(select.POLLIN)
+            buffer += self.receive()
         scanned = 0
         while (end := buffer.find(b"\r\n\r\n", max(0, scanned - 3))) < 0:
-            self._check_partial_head(max(0, scanned - 1))
+            if BAD_HEAD_BYTE.search(buffer, max(0, scanned - 1)):
+                raise Malformed(400, "a control byte, bare CR or bare LF in the head (RFC 9112 2.2)")
+            self._check_size(len(buffer))
             scanned = len(buffer)
-            self.fill(deadline)
-        if end > MAX_LINE:
-            self._check_size(end)
-        head = bytes(buffer[: end + 2])
+            buffer += self.receive()
+        self._check_size(end)
+        self.heads += 1
+        head = buffer[: end + 2].decode("latin-1")
         del buffer[: end + 4]
         return head
 
-    def _check_partial_head(self, start: int) -> None:
-        if _BAD_HEAD_BYTE.search(self.buffer, start):
-            raise Refusal(400, "a control byte, bare CR or bare LF in the head (RFC 9112 2.2)")
-        self._check_size(len(self.buffer))
-
     def _check_size(self, size: int) -> None:
         if size > MAX_LINE and self.buffer.find(b"\r\n", 0, MAX_LINE + 2) < 0:
-            raise Refusal(414, f"the first line is longer than {MAX_LINE} bytes")
+            raise Malformed(414, f"the first line is longer than {MAX_LINE} bytes")
         if size > MAX_HEAD:
-            raise Refusal(431, f"the head is larger than {MAX_HEAD} bytes")
+            raise Malformed(431, f"the head is larger than {MAX_HEAD} bytes")
+
+    def body(self, length: int) -> Iterator[bytes]:
+        """The decoded pieces of a body as they arrive. Raises Malformed."""
+        if length == CHUNKED:
+            yield from self._chunks()
+        elif length == UNTIL_CLOSE:
+            with contextlib.suppress(EndOfStream):
+                yield from self._exactly(sys.maxsize)
+        else:
+            yield from self._exactly(length)
 
     def take(self, length: int) -> bytes:
-        """What is in `buffer` of a body that is framed by Content-Length or by the close."""
-        if length == CHUNKED:
-            return b""
-        data = bytes(self.buffer if length == UNTIL_CLOSE else self.buffer[:length])
+        """What `buffer` holds, at most `length` bytes."""
+        data = bytes(self.buffer[:length])
         del self.buffer[: len(data)]
         return data
 
-    def body(self, length: int, deadline: Deadline) -> Iterator[Bytes]:
-        """The body's decoded pieces as they arrive. A piece is valid until the next one is asked for."""
-        try:
-            if length == CHUNKED:
-                yield from self._chunks(deadline)
-            elif length == UNTIL_CLOSE:
-                with contextlib.suppress(EndOfStream):
-                    yield from self._exactly(sys.maxsize, deadline)
-            else:
-                yield from self._exactly(length, deadline)
-        finally:
-            self._space = None
-
-    def _receive(self, size: int, deadline: Deadline) -> memoryview:
-        if self._space is None:  # small until it has been filled: many clients may announce bodies that never come
-            self._space = memoryview(bytearray(RECEIVE_SIZE))
-        space = self._space[:size]
-        while True:
-            try:
-                count = self.sock.recv_into(space)
-            except _WOULD_BLOCK:
-                self.wait(deadline())
-                continue
-            except OSError as error:
-                raise Disconnected(str(error)) from None
-            if not count:
-                raise EndOfStream("the connection was closed")
-            count = self._receive_more(space, count)
-            if count == len(self._space) < PIECE_SIZE:
-                self._space = memoryview(bytearray(PIECE_SIZE))
-            return space[:count]
-
-    def _receive_more(self, space: memoryview, count: int) -> int:
-        """TLS hands out records of 16 KiB: add those that are there, since fewer and larger sends are faster."""
-        if self._pending is None:
-            return count
-        with contextlib.suppress(*_WOULD_BLOCK, OSError):  # an error or the end will be met again
-            while len(space) - count > 0 and (more := self.sock.recv_into(space[count : count + RECEIVE_SIZE])):
-                count += more
-        return count
-
-    def _exactly(self, length: int, deadline: Deadline) -> Iterator[Bytes]:
+    def _exactly(self, length: int) -> Iterator[bytes]:
         while length:
-            piece: Bytes
-            if self.buffer:
-                piece = bytes(self.buffer[:length])
-                del self.buffer[:length]
-            else:
-                piece = self._receive(length, deadline)
+            piece = self.take(length) or self.receive(min(length, RECEIVE_SIZE))
             length -= len(piece)
             yield piece
 
-    def _chunks(self, deadline: Deadline) -> Iterator[Bytes]:
+    def _chunks(self) -> Iterator[bytes]:
         while True:
-            match = _CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE, deadline()))
+            match = CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE))
             if not match:
-                raise Refusal(400, "a malformed chunk size (RFC 9112 7.1)")
+                raise Malformed(400, "a malformed chunk size (RFC 9112 7.1)")
             size = int(match[1], 16)
             if size == 0:
                 break
-            yield from self._exactly(size, deadline)
-            self._line(0, deadline())
+            yield from self._exactly(size)
+            self._line(0)
         left = MAX_HEAD
-        while trailer := self._line(left, deadline()):
+        while trailer := self._line(left):
             left -= len(trailer) + 2
-            if not _FIELD.fullmatch(trailer + b"\r\n"):
-                raise Refusal(400, "a malformed trailer field")
+            if not FIELD.fullmatch(trailer.decode("latin-1") + "\r\n"):
+                raise Malformed(400, "a malformed trailer field")
 
-    def _line(self, limit: int, deadline: float) -> bytes:
+    def _line(self, limit: int) -> bytes:
         """A line of at most `limit` bytes, without its CRLF."""
         while (end := self.buffer.find(b"\r\n", 0, max(limit, 0) + 2)) < 0:
             if len(self.buffer) >= limit + 2:
-                raise Refusal(400, "a chunk's line is too long or not ended by CRLF (RFC 9112 7.1)")
-            self.fill(deadline)
+                raise Malformed(400, "a chunk's line is too long or not ended by CRLF (RFC 9112 7.1)")
+            self.buffer += self.receive()
         line = bytes(self.buffer[:end])
         del self.buffer[: end + 2]
         return line
 
+    # Sending
 
-def send_all(sock: socket.socket, data: Bytes, deadline: Deadline, watch: Watch | None = None) -> None:
-    """Send to a non-blocking socket; the deadline starts anew with every byte taken. While the peer takes none, `watch`
-    looks at what the peer sends, too. Raises Disconnected and Stalled."""
-    while data:
-        try:
-            sent = sock.send(data)
-            if sent == len(data):
-                return
-            data = memoryview(data)[sent:]
-        except _WOULD_BLOCK:
-            _wait_writable(sock, deadline(), watch)
-        except OSError as error:
-            raise Disconnected(str(error)) from None
+    def sendall(self, data: bytes | memoryview) -> None:
+        """Send all of it; the limit on silence starts anew with every byte taken."""
+        while True:
+            try:
+                sent = self.sock.send(data)
+                if sent == len(data):
+                    return
+                data = memoryview(data)[sent:]
+            except WOULD_BLOCK:
+                self.wait(select.POLLOUT)
+            except OSError as error:
+                raise Disconnected(reason_of(error)) from None
 
+    def write(self, data: bytes) -> None:
+        """Send it with the next `flush`: a head goes out together with what there is of its body."""
+        self._unsent.append(data)
 
-def _wait_writable(sock: socket.socket, deadline: float, watch: Watch | None) -> None:
-    poll = select.poll()
-    poll.register(sock, select.POLLOUT | (select.POLLIN if watch else 0))
-    if watch:
-        poll.register(watch.fd, watch.events)
-    while (seconds := deadline - time.monotonic()) > 0:
-        ready = dict(poll.poll(min(seconds, LONGEST_POLL) * 1000))
-        if ready and watch:
-            watch.look()
-        if ready.get(sock.fileno(), 0) & ~select.POLLIN:
-            return
-    raise Stalled
+    def flush(self) -> None:
+        """Send what was written."""
+        if self._unsent:
+            data = b"".join(self._unsent)
+            self._unsent.clear()
+            self.sendall(data)
 
-
-def chunked(pieces: Iterable[Bytes]) -> Iterator[Bytes]:
-    """The chunked transfer coding of a body (RFC 9112 7.1)."""
-    for piece in pieces:
-        if piece:
-            yield b"".join((b"%x\r\n" % len(piece), piece, b"\r\n"))
-    yield b"0\r\n\r\n"
+    def close(self) -> None:
+        """Close the connection, with TLS's close_notify where that can be sent at once."""
+        close_notify(self.sock)
+        self.sock.close()
 
 
-class Request:
-    """A request's head that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1. Never changed.
-    `upgrade` says whether this is a WebSocket's opening handshake (RFC 6455 4.1). `relayed_head` holds request line and
-    field lines as they go to the backend, clones aside, without what the handler adds to them, and the empty line."""
+def close_notify(sock: socket.socket) -> None:
+    """End TLS on a non-blocking socket without waiting for the peer."""
+    if isinstance(sock, ssl.SSLSocket):
+        with contextlib.suppress(OSError, ValueError):
+            sock.unwrap()
 
-    __slots__ = (
-        "expects_continue", "fields", "http11", "keep_alive", "length", "method", "relayed_head", "target", "upgrade",
-    )  # fmt: skip
 
-    def __init__(self, head: bytes) -> None:
-        """Parse the lines of a head. Raises Refusal with the status and reason that the client gets."""
-        start_line, _, block = head.partition(b"\r\n")
-        match = _REQUEST_LINE.fullmatch(start_line)
+class Message:
+    """A head's field lines, checked: `fields` in their order, their names as they came; `values` by lower-case name."""
+
+    __slots__ = ("fields", "values")
+
+    def __init__(self, block: str) -> None:
+        """Parse field lines, each ended by CRLF. Raises Malformed."""
+        if not FIELDS.fullmatch(block):
+            raise Malformed(400, _what_is_wrong(block))
+        self.fields: Fields = [(name, value.strip(" \t")) for name, value in FIELD.findall(block)]
+        self.values: dict[str, list[str]] = {}
+        for name, value in self.fields:
+            self.values.setdefault(name.lower(), []).append(value)
+
+    def one(self, name: str) -> str | None:
+        """The value of a field that may stand once; None without it. Raises Malformed if it stands twice."""
+        values = self.values.get(name, [None])
+        if len(values) > 1:
+            raise Malformed(400, f"more than one {name} field")
+        return values[0]
+
+    def tokens(self, name: str) -> set[str]:
+        """The lower-case elements of a list-valued field (RFC 9110 5.6.1)."""
+        values = self.values.get(name, [])
+        return {element.strip(" \t").lower() for value in values for element in value.split(",")}
+
+    def end_to_end(self, drop: frozenset[str]) -> Fields:
+        """The fields that go on to the next hop (RFC 9110 7.6.1): without those in `drop` and those that a Connection
+        field names."""
+        if "connection" in self.values:
+            drop = drop | (self.tokens("connection") - PROTECTED)
+        return [(name, value) for name, value in self.fields if name.lower() not in drop]
+
+    def framing(self, http11: bool) -> int | None:
+        """Length of the body by Content-Length, CHUNKED, or None where no field says one (RFC 9112 6). Stricter than
+        the RFC: both fields together, repeats and other codings are refused. Raises Malformed."""
+        if "transfer-encoding" in self.values:
+            if not http11:
+                raise Malformed(400, "Transfer-Encoding in HTTP/1.0")
+            if "content-length" in self.values:
+                raise Malformed(400, "both Transfer-Encoding and Content-Length")
+            if (self.one("transfer-encoding") or "").lower() != "chunked":
+                raise Malformed(501, "a Transfer-Encoding other than chunked")
+            return CHUNKED
+        length = self.one("content-length")
+        if length is None:
+            return None
+        if not CONTENT_LENGTH.fullmatch(length):
+            raise Malformed(400, "Content-Length is not a number")
+        return int(length)
+
+    def persists(self, http11: bool) -> bool:
+        """Whether the connection may be used again (RFC 9112 9.3)."""
+        if "connection" not in self.values:
+            return http11
+        options = self.tokens("connection")
+        return "close" not in options and (http11 or "keep-alive" in options)
+
+
+def _what_is_wrong(block: str) -> str:
+    """Why a block of field lines was refused: the reason of the first bad line."""
+    line = next((line for line in block.split("\r\n") if line and not FIELD.fullmatch(line + "\r\n")), "")
+    if line[:1] in (" ", "\t"):
+        return "line folding in the header (RFC 9112 5.2)"
+    if re.match(rf"{TOKEN}+[ \t]+:", line):
+        return "a blank before a header line's colon (RFC 9112 5.1)"
+    return "a malformed header line (RFC 9112 5)"
+
+
+class Request(Message):
+    """A request's head that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1. `upgrade` says whether this
+    is a WebSocket's opening handshake (RFC 6455 4.1)."""
+
+    __slots__ = ("expects_continue", "http11", "keep_alive", "length", "method", "target", "upgrade")
+
+    def __init__(self, head: str) -> None:
+        """Parse the lines of a head. Raises Malformed."""
+        start_line, _, block = head.partition("\r\n")
+        match = REQUEST_LINE.fullmatch(start_line)
         if not match:
-            raise Refusal(400, "a malformed request line (RFC 9112 3)")
+            raise Malformed(400, "a malformed request line (RFC 9112 3)")
         self.method, target, major, minor = match.groups()
-        if major != b"1":
-            raise Refusal(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-        self.fields = fields = Fields(block)
+        if major != "1":
+            raise Malformed(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        super().__init__(block)
         # PVE's parser takes `_` for `-`, so these would be second fields of that name to it and another one to us.
-        if any(b"_" in name and name.replace(b"_", b"-") in _AMBIGUOUS for name in fields.values):
-            raise Refusal(400, "a field name with _ that can be taken for one with -")
-        self.http11 = minor != b"0"
+        if "_" in block and any("_" in name and name.replace("_", "-") in REQUEST_DROP | PROTECTED for name in self.values):
+            raise Malformed(400, "a field name with _ that can be taken for one with -")
+        self.http11 = minor != "0"
         self.target = _origin_form(self.method, target)
-        host = fields.one(b"host")
+        host = self.one("host")
         if host is None and self.http11:
-            raise Refusal(400, "no Host field (RFC 9112 3.2)")
-        if host is not None and not _HOST.fullmatch(host):
-            raise Refusal(400, "a malformed Host field")
-        self.length = fields.framing(self.http11) or 0
-        self.expects_continue = b"expect" in fields.values and self.http11
-        if self.expects_continue and fields.tokens(b"expect") != {b"100-continue"}:
-            raise Refusal(417, "an Expect other than 100-continue")
-        self.keep_alive = fields.keep_alive(self.http11)
+            raise Malformed(400, "no Host field (RFC 9112 3.2)")
+        if host is not None and not HOST.fullmatch(host):
+            raise Malformed(400, "a malformed Host field")
+        self.length = self.framing(self.http11) or 0
+        self.expects_continue = "expect" in self.values and self.http11
+        if self.expects_continue and self.tokens("expect") != {"100-continue"}:
+            raise Malformed(417, "an Expect other than 100-continue")
+        self.keep_alive = self.persists(self.http11)
         # Other upgrades are not offered to the backend: behind an h2c upgrade, say, clones would pass unseen.
         self.upgrade = (
-            self.method == b"GET"
-            and self.http11
-            and self.length == 0
-            and fields.tokens(b"upgrade") == {b"websocket"}
-            and b"upgrade" in fields.tokens(b"connection")
+            "upgrade" in self.values
+            and (self.method, self.http11, self.length) == ("GET", True, 0)
+            and self.tokens("upgrade") == {"websocket"}
+            and "upgrade" in self.tokens("connection")
         )
-        lines = fields.end_to_end(_UPGRADE_DROP if self.upgrade else REQUEST_DROP)
-        framing = b"Transfer-Encoding: chunked\r\n" if self.length == CHUNKED else b""
-        option = b"Connection: Upgrade\r\n" if self.upgrade else b""
-        self.relayed_head = b"%b %b HTTP/1.1\r\n%b%b%b" % (self.method, self.target, lines, framing, option)
 
-    def path_parts(self) -> list[bytes]:
+    def path_parts(self) -> list[str]:
         """The path as PVE reads it: percent-decoded, then split on `/`, empty parts dropped. Line feeds at its end are
         left out, since `$` in Perl's regular expressions does not mind one."""
-        path = urllib.parse.unquote_to_bytes(self.target.partition(b"?")[0]).rstrip(b"\n")
-        return [part for part in path.split(b"/") if part]
+        path = urllib.parse.unquote(self.target.partition("?")[0], "latin-1").rstrip("\n")
+        return [part for part in path.split("/") if part]
+
+    def query(self) -> str:
+        """What follows the question mark."""
+        return self.target.partition("?")[2]
 
 
-_kept_request = functools.lru_cache(CACHED_HEADS)(Request)
-
-
-def parse_request(head: bytes) -> Request:
-    """The request of a head. Equal heads are parsed but once: a client mostly sends the same one again and again."""
-    return _kept_request(head) if len(head) <= MAX_CACHED else Request(head)
-
-
-def _origin_form(method: bytes, target: bytes) -> bytes:
+def _origin_form(method: str, target: str) -> str:
     """The target as it is sent to the backend (RFC 9112 3.2): path and query, never an authority."""
-    if method == b"CONNECT":
-        raise Refusal(501, "CONNECT is not offered")
-    if target == b"*" and method == b"OPTIONS":
+    if method == "CONNECT":
+        raise Malformed(501, "CONNECT is not offered")
+    if target == "*" and method == "OPTIONS":
         return target
-    if not target.startswith(b"/"):
-        match = _ABSOLUTE_FORM.fullmatch(target)
+    if not target.startswith("/"):
+        match = ABSOLUTE_FORM.fullmatch(target)
         if not match:
-            raise Refusal(400, "the request target is not a path (RFC 9112 3.2)")
+            raise Malformed(400, "the request target is not a path (RFC 9112 3.2)")
         authority, target = match.groups()
-        if not _HOST.fullmatch(authority):
-            raise Refusal(400, "a malformed authority in the request target")
-        if method == b"OPTIONS" and not target:
-            return b"*"
-        if not target.startswith(b"/"):
-            target = b"/" + target
-    if target.startswith(b"//"):
-        raise Refusal(400, "the request target begins with two slashes")
+        if not HOST.fullmatch(authority):
+            raise Malformed(400, "a malformed authority in the request target")
+        if method == "OPTIONS" and not target:
+            return "*"
+        if not target.startswith("/"):
+            target = "/" + target
+    if target.startswith("//"):
+        raise Malformed(400, "the request target begins with two slashes")
     return target
 
 
-class Response:
-    """The head of a response: `status_line` is what follows the version, `length` says how the body is framed. Never
-    changed. `relayed_head` holds status line and field lines as they go to the client, without framing,
-    Connection, and the empty line."""
+class Response(Message):
+    """The head of an answer (RFC 9112 4, 6.3). `length` says how the body is framed."""
 
-    __slots__ = ("fields", "keep_alive", "length", "relayed_head", "status", "status_line")
+    __slots__ = ("keep_alive", "length", "reason", "status")
 
-    def __init__(self, head: bytes, method: bytes) -> None:
-        """Parse the lines of the head of an answer to a request of that method. Raises Refusal."""
-        start_line, _, block = head.partition(b"\r\n")
-        match = _STATUS_LINE.fullmatch(start_line)
+    def __init__(self, head: str, method: str) -> None:
+        """Parse the lines of the head of an answer to a request of that method. Raises Malformed."""
+        start_line, _, block = head.partition("\r\n")
+        match = STATUS_LINE.fullmatch(start_line)
         if not match:
-            raise Refusal(502, "a malformed status line (RFC 9112 4)")
-        minor, self.status_line, status = match.groups()
-        self.fields = fields = Fields(block)
-        self.status = int(status)
-        length = fields.framing(minor == b"1")
-        if method == b"HEAD" or self.status < 200 or self.status in (204, 304):
+            raise Malformed(502, "a malformed status line (RFC 9112 4)")
+        super().__init__(block)
+        http11 = match[1] == "1"
+        self.status = int(match[2])
+        self.reason = match[3] or ""
+        length = self.framing(http11)
+        if method == "HEAD" or self.status < 200 or self.status in (204, 304):
             length = 0
         self.length = UNTIL_CLOSE if length is None else length
-        self.keep_alive = fields.keep_alive(minor == b"1")
-        # RFC 9110 8.6: an answer of 1xx or 204 never has a Content-Length.
-        drop = _UNFRAMED_DROP if self.status < 200 or self.status == 204 else HOP_BY_HOP
-        self.relayed_head = b"HTTP/1.1%b\r\n%b" % (self.status_line, fields.end_to_end(drop))
+        self.keep_alive = self.persists(http11)
 
-    def __str__(self) -> str:
-        """Status and reason phrase, for people."""
-        return printable(self.status_line.strip())
-
-    @property
-    def reason(self) -> str:
-        """The reason phrase: PVE puts the text of an error there."""
-        return self.status_line[5:].decode("latin-1")
-
-
-_kept_response = functools.lru_cache(CACHED_HEADS)(Response)
-
-
-def parse_response(head: bytes, method: bytes) -> Response:
-    """The answer to a request of that method. Equal heads are parsed but once."""
-    return _kept_response(head, method) if len(head) <= MAX_CACHED else Response(head, method)
-
-
-def forget_heads() -> None:
-    """Keep none of the heads, and so none of the credentials, that have been parsed."""
-    _kept_request.cache_clear()
-    _kept_response.cache_clear()
+    def relayed_fields(self) -> Fields:
+        """The fields that go to the client; RFC 9110 8.6: an answer of 1xx or 204 never has a Content-Length."""
+        return self.end_to_end(HOP_BY_HOP | {"content-length"} if self.status < 200 or self.status == 204 else HOP_BY_HOP)
 
 
 class Answer(NamedTuple):
-    """A whole response that is small enough to be kept."""
+    """A whole answer that is small enough to be kept; its fields without Content-Length."""
 
-    response: Response
+    status: int
+    reason: str
+    fields: Fields
     body: bytes
+
+    def __str__(self) -> str:
+        """Status and reason phrase, for people."""
+        return printable(f"{self.status} {self.reason}")
 
     def json_field(self, name: str) -> object:
         """That field of a JSON object in the body; None if there is no such thing."""
-        try:
-            content = json.loads(self.body)
-        except (ValueError, RecursionError):
-            return None
-        return content.get(name) if isinstance(content, dict) else None
+        return json_field(self.body, name)
+
+
+def json_field(text: bytes, name: str) -> object:
+    """That field of a JSON object; None if there is no such thing."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def error_answer(refusal: Refusal) -> Answer:
     """An error of the proxy's own in the shape of PVE's errors: its clients show reason phrase and `message`."""
     body = json.dumps({"data": refusal.data, "message": refusal.reason}).encode() + b"\n"
-    head = b"HTTP/1.1 %d %b\r\n" % (refusal.status, printable(refusal.reason).encode())
-    head += b"Content-Type: application/json;charset=UTF-8\r\nContent-Length: %d\r\n" % len(body)
+    fields = [("Content-Type", "application/json;charset=UTF-8")]
     if refusal.retry_after is not None:
-        head += b"Retry-After: %d\r\n" % refusal.retry_after
-    return Answer(Response(head, b"GET"), body)
+        fields.append(("Retry-After", str(refusal.retry_after)))
+    return Answer(refusal.status, printable(refusal.reason), fields, body)
 
 
-# Backend: connections to the PVE API, whole exchanges for the worker, open responses for the relay.
+# Backend: requests to the PVE API, by http.client with a strict reader of answers.
 
-# RFC 9110 9.2.1. Only these go out on a connection that was used before.
-SAFE_METHODS = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110 9.2.1
+# PVE reads 62 field lines and 8 KiB of them. What stands behind that it takes for another request, which nobody has
+# checked: a clone, say. So nothing comes near it.
+MAX_OUTGOING_FIELDS = 60
+MAX_OUTGOING_SIZE = 7680
 # PVE closes an idle connection after 5 s; behind this age it might close it in the very moment of a request.
 POOL_SECONDS = 4.0
 POOL_SIZE = 64
 MAX_ANSWER = 1024 * 1024
+MAX_INTERIM = 10
+REACH_SECONDS = 1.0  # between two tries to reach a backend that is away
 
 
 class BackendError(Refusal):
@@ -838,16 +717,50 @@ class Unreachable(BackendError):
     """No connection could be made: nothing was sent."""
 
 
-class Broken(BackendError):
-    """The connection ended too early, or the answer came too early; what came before may still be an answer."""
+class Away(Unreachable):
+    """The same, but it may be different in a moment: refused, no route, no answer. Not a certificate or a name."""
 
 
 class StaleConnection(BackendError):
     """A connection that was kept alive turned out closed before one byte of an answer."""
 
 
+class AnsweredEarly(Exception):
+    """The backend has begun its answer, or closed, before it had the whole request: it won't read the rest."""
+
+
 class ClientGone(Exception):
-    """The client left while the backend was waited for."""
+    """The client left before it had its answer."""
+
+
+BodyReader = Callable[[Check], Iterable[bytes]]
+CHUNKED_FIELD = ("Transfer-Encoding", "chunked")
+
+
+class Outgoing:
+    """A request as PVE gets it: method, target, all fields, and the body: bytes, or a function that gives its pieces as
+    they arrive and calls what it is given while it waits for them."""
+
+    __slots__ = ("body", "fields", "method", "target", "upgrade")
+
+    def __init__(
+        self, method: str, target: str, fields: Fields, body: bytes | BodyReader | None = None, upgrade: bool = False
+    ) -> None:
+        """The one place that refuses what PVE would misread: raises Refusal (431)."""
+        if len(fields) > MAX_OUTGOING_FIELDS:
+            raise Refusal(431, f"more than {MAX_OUTGOING_FIELDS} header fields for PVE")
+        if sum(len(name) + len(value) + 4 for name, value in fields) > MAX_OUTGOING_SIZE:
+            raise Refusal(431, f"more than {MAX_OUTGOING_SIZE} bytes of header fields for PVE")
+        self.method = method
+        self.target = target
+        self.fields = fields
+        self.body = body
+        self.upgrade = upgrade
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may go out on a connection that was used before, and a second time if that turns out closed."""
+        return self.body is None and self.method in SAFE_METHODS and not self.upgrade
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -856,197 +769,243 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        return context if settings.backend.scheme == "https" else None
-    try:
-        context = ssl.create_default_context(cafile=settings.ca or None)
-    except OSError as error:  # SSLError is one: a file without certificates
-        raise FlagError(f"invalid value {settings.ca!r} for flag -ca: {error.strerror or error}") from None
-    # CAs made by older PVE releases have no keyUsage, which Python 3.13's default refuses.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    else:
+        try:
+            if settings.ca:
+                check_readable("ca", settings.ca)
+            context = ssl.create_default_context(cafile=settings.ca or None)
+        except ssl.SSLError as error:  # a file without certificates
+            raise FlagError(f"invalid value {settings.ca!r} for flag -ca: {reason_of(error)}") from None
+        # CAs made by older PVE releases have no keyUsage, which Python 3.13's default refuses.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context if settings.backend.scheme == "https" else None
 
 
-# A client has left when it has closed its connection, or only its sending half: nginx and Go read that so too.
-GONE_EVENTS = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+def check_readable(flag: str, path: str) -> None:
+    """Raise FlagError if a flag's file can't be read."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        hint = "; LoadCredential= in the unit hands it to the service" if isinstance(error, PermissionError) else ""
+        raise FlagError(f"invalid value {path!r} for flag -{flag}: {reason_of(error)}{hint}") from None
 
 
-class Client:
-    """Tells from a client's descriptor, without reading from it, whether the client is still there. `event` wakes the
-    handler of a clone: its answer is there, or its client has left."""
+class BackendResponse:
+    """The `response_class` of a BackendConnection. Of a response of http.client's it has what HTTPConnection asks for:
+    `begin`, `will_close`, `isclosed`, `close`. A `with` keeps the connection for another request where that is safe, or
+    else closes it."""
 
-    def __init__(self, fd: int) -> None:
-        self.event = threading.Event()
-        self._poll = select.poll()
-        self._poll.register(fd, GONE_EVENTS)
+    will_close = False  # HTTPConnection would close the connection before the body was read
+    connection: BackendConnection
 
-    def gone(self) -> bool:
-        """Whether the client has closed its connection, or its sending half."""
-        return bool(self._poll.poll(0))
+    def __init__(self, sock: Wire, debuglevel: int = 0, method: str | None = None, url: str | None = None) -> None:
+        self.wire = sock
+        self._method = method or ""
 
-    def check(self) -> None:
-        """Raise ClientGone if it is not."""
-        if self.gone():
-            raise ClientGone
+    def begin(self) -> None:
+        """Read the head of the final answer; `interim` holds those before it (RFC 9110 15.2)."""
+        self.interim: list[Response] = []
+        self.head = Response(self.wire.head(), self._method)
+        while self.head.status < 200 and self.head.status != 101:
+            self.interim.append(self.head)
+            if len(self.interim) > MAX_INTERIM:
+                raise Malformed(502, f"more than {MAX_INTERIM} interim answers")
+            self.head = Response(self.wire.head(), self._method)
+        self._left = self.head.length  # of the body: the number of bytes, CHUNKED or UNTIL_CLOSE
 
+    def take(self) -> bytes:
+        """What has come of the body with its head, unless it is chunked."""
+        data = self.wire.take(self._left if self._left >= 0 else sys.maxsize) if self._left != CHUNKED else b""
+        self._left -= len(data) if self._left > 0 else 0
+        return data
 
-class BackendConnection:
-    """One connection to the backend: `http.client` connects and speaks TLS, a `MessageReader` reads the answers.
-
-    Heads are sent as the bytes that they are, since `putrequest()` and `putheader()` take a quarter of the time of a
-    relayed request to build and check what has been checked already. Every failure is a BackendError.
-    """
-
-    def __init__(
-        self, address: BackendAddress, context: ssl.SSLContext | None, silence: float, connect_seconds: float
-    ) -> None:
-        """Connect, at most `connect_seconds` for each address. Raises Unreachable."""
-        self.http = (
-            http.client.HTTPSConnection(address.host, address.port, timeout=connect_seconds, context=context)
-            if context
-            else http.client.HTTPConnection(address.host, address.port, timeout=connect_seconds)
-        )
+    def __iter__(self) -> Iterator[bytes]:
+        """The decoded pieces of what is left of the body. Raises BackendError."""
         try:
-            self.http.connect()
-        except TimeoutError:
-            self.http.close()
-            raise Unreachable(504, f"{address} did not accept a connection within {connect_seconds:g} s") from None
-        except (OSError, UnicodeError) as error:
-            self.http.close()
-            raise Unreachable(502, f"{address} can't be reached: {_reason(error)}") from None
-        self.sock: socket.socket = self.http.sock
-        self.sock.setblocking(False)
-        self.reader = MessageReader(self.sock)
-        self.deadline = self._deadline = within(silence)
-        self.reusable = True
-        self.idle_since = 0.0
-        self._limit = self._silence = silence
-        self._may_be_stale = False
+            yield from self.wire.body(self._left)
+        except (Malformed, Disconnected, Stalled) as error:
+            raise self.connection.failure(error) from None
+        self._left = 0
 
-    def reuse(self) -> None:
-        """Prepare for the next request: until a byte of its answer has come, an end means that PVE had closed."""
-        self._may_be_stale = True
-        self._limit = self._silence
-        self.deadline = self._deadline
-
-    def limit(self, seconds: float) -> None:
-        """Bound the whole exchange that begins now."""
-        end = time.monotonic() + seconds
-        self._limit = seconds
-        self.deadline = lambda: end
-
-    def _failure(self, error: Exception) -> BackendError:
-        if isinstance(error, Refusal):
-            return BackendError(502, f"the backend's answer is malformed: {error.reason}")
-        if isinstance(error, Stalled):
-            return BackendError(504, f"the backend gave no answer within {self._limit:g} s")
-        if self._may_be_stale:
-            return StaleConnection(502, "a kept-alive connection was closed")
-        return Broken(502, f"the connection to the backend broke: {printable(str(error))}")
-
-    def send(self, data: Bytes, watch: Watch | None = None) -> None:
-        """Send all of it."""
-        try:
-            send_all(self.sock, data, self.deadline, watch)
-        except (Disconnected, Stalled) as error:
-            raise self._failure(error) from None
-
-    def response(self, method: bytes, upgrade: bool, on_interim: Callable[[Response], None]) -> Response:
-        """The final answer's head; interim ones (RFC 9110 15.2) are handed to `on_interim`."""
-        for interim in range(MAX_INTERIM + 1):
-            response = self.response_head(method)
-            if response.status >= 200:
-                return response
-            if response.status == 101:
-                if upgrade and response.fields.tokens(b"upgrade") == {b"websocket"}:
-                    return response
-                raise BackendError(502, "the backend's answer is malformed: a 101 that was not asked for")
-            if interim < MAX_INTERIM:
-                on_interim(response)
-        raise BackendError(502, f"the backend's answer is malformed: more than {MAX_INTERIM} interim answers")
-
-    def response_head(self, method: bytes) -> Response:
-        """The next answer's head, be it interim or final."""
-        reader = self.reader
-        deadline = self.deadline()
-        try:
-            if not reader.buffer:
-                reader.wait(deadline)
-                reader.fill(deadline)
-            self._may_be_stale = False
-            return parse_response(reader.head(deadline), method)
-        except (Refusal, Disconnected, Stalled) as error:
-            raise self._failure(error) from None
-
-    def body(self, response: Response, taken: int = 0) -> Iterator[Bytes]:
-        """The answer's body, decoded, as it arrives; without so many bytes that were taken from the reader."""
-        length = response.length if response.length < 0 else response.length - taken
-        try:
-            yield from self.reader.body(length, self.deadline)
-        except (Refusal, Disconnected, Stalled) as error:
-            raise self._failure(error) from None
+    def isclosed(self) -> bool:
+        """Whether it was read to its end."""
+        return self._left == 0
 
     def close(self) -> None:
-        """Close it, with TLS's close_notify where that can be sent at once."""
-        close_notify(self.sock)
-        self.http.close()
+        """HTTPConnection calls this when `begin` has failed; the connection is closed by who made it."""
+
+    def __enter__(self) -> BackendResponse:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.give_back(self)
 
 
-def _reason(error: Exception) -> str:
-    """What an OSError says, without its number and without line ends."""
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return printable(strerror or str(error))
+class BackendConnection(http.client.HTTPConnection):
+    """One connection to the backend, plain or TLS. Its `sock` is a Wire."""
 
+    response_class = BackendResponse  # type: ignore[assignment]
+    auto_open = 0  # a closed connection is not silently opened again
 
-def close_notify(sock: socket.socket) -> None:
-    """End TLS on a non-blocking socket without waiting for the peer."""
-    if isinstance(sock, ssl.SSLSocket):
-        with contextlib.suppress(OSError, ValueError):
-            sock.unwrap()
+    def __init__(self, backend: Backend, seconds: float) -> None:
+        """Connect, within that time for each address. Raises Unreachable."""
+        super().__init__(backend.address.host, backend.address.port, timeout=seconds)
+        self.backend = backend
+        self.kept = False  # it has served a request before
+        self.idle_since = 0.0
+        try:
+            self.connect()
+        except TimeoutError:
+            self.close()
+            raise Away(504, f"{backend.address} did not accept a connection within {seconds:g} s") from None
+        except (OSError, UnicodeError) as error:
+            self.close()
+            lasting = isinstance(error, (ssl.SSLError, socket.gaierror, UnicodeError)) and not isinstance(error, ssl.SSLEOFError)
+            kind = Unreachable if lasting else Away
+            raise kind(502, f"{backend.address} can't be reached: {reason_of(error)}") from None
 
+    def connect(self) -> None:
+        """As HTTPSConnection does it, with a Wire around the socket."""
+        super().connect()
+        if self.backend.context:
+            self.sock = self.backend.context.wrap_socket(self.sock, server_hostname=self.host)
+        self.sock = self.wire = Wire(self.sock, self.backend.silence)
 
-def _ignore(_: Response) -> None:
-    pass
+    def exchange(self, outgoing: Outgoing, check: Check | None, end: float | None) -> BackendResponse:
+        """Send a request and read the head of its final answer. Raises BackendError, and what `check` and the reader of
+        the body raise; then the connection is closed."""
+        wire = self.wire
+        wire.check = check
+        wire.end = end
+        heads = wire.heads
+        self.reusable = outgoing.body is None  # PVE may misread a body and take the rest for another request
+        try:
+            with contextlib.suppress(Disconnected, AnsweredEarly):  # what it said before can still be read
+                self._send(outgoing)
+            response: BackendResponse = self.getresponse()  # type: ignore[assignment]
+            if response.head.status == 101 and not (outgoing.upgrade and response.head.tokens("upgrade") == {"websocket"}):
+                raise Malformed(502, "a 101 that was not asked for")
+        except (Malformed, Disconnected, Stalled) as error:
+            self.close()
+            if self.kept and isinstance(error, Disconnected) and not wire.buffer and wire.heads == heads:
+                raise StaleConnection(502, "a kept-alive connection was closed") from None
+            raise self.failure(error) from None
+        except BaseException:
+            self.close()
+            raise
+        response.connection = self
+        return response
+
+    def _send(self, outgoing: Outgoing) -> None:
+        self.putrequest(outgoing.method, outgoing.target, skip_host=True, skip_accept_encoding=True)
+        for name, value in outgoing.fields:
+            self.putheader(name, value)
+        body = outgoing.body
+        if not callable(body):
+            self.endheaders(body)
+        else:
+            self.endheaders(self._pieces(body), encode_chunked=outgoing.fields[-1] == CHUNKED_FIELD)
+
+    def _pieces(self, body: BodyReader) -> Iterator[bytes]:
+        """The pieces of a body, until the backend has begun its final answer. Raises AnsweredEarly."""
+        for piece in body(self._look_for_answer):
+            self._look_for_answer()
+            yield piece
+
+    def _look_for_answer(self) -> None:
+        buffer = self.wire.buffer
+        try:
+            buffer += self.wire.receive_now() or b""
+        except Disconnected:
+            raise AnsweredEarly from None
+        match = INTERIM.match(buffer)
+        rest = buffer[match.end() :] if match else buffer
+        if rest[:10] != INTERIM_BEGIN[: len(rest)] or b"\r\n\r\n" in rest or len(rest) > MAX_HEAD:
+            raise AnsweredEarly
+
+    def failure(self, error: Exception) -> BackendError:
+        """What a failure of this connection means for the client."""
+        if isinstance(error, Malformed):
+            return BackendError(502, f"the backend's answer is malformed: {error.reason}")
+        if isinstance(error, Stalled):
+            return BackendError(504, f"the backend gave no answer within {self.backend.silence:g} s")
+        return BackendError(502, f"the connection to the backend broke: {error}")
+
+    def give_back(self, response: BackendResponse) -> None:
+        """Keep the connection for another request, or close it: where the answer was not read to its end or had no end
+        of its own, where bytes lie behind it, where PVE said close."""
+        head = response.head
+        delimited = head.keep_alive and head.length != UNTIL_CLOSE and head.status != 101
+        if self.reusable and delimited and response.isclosed() and not self.wire.holds_more():
+            self.kept = True
+            self.backend.keep(self)
+        else:
+            self.close()
 
 
 class Backend:
-    """The PVE API: makes connections, and keeps idle ones for safe requests without a body.
+    """The PVE API.
 
-    `_lock` guards `_idle`, the stack of idle connections (the newest on top).
+    `_lock` guards `_idle`, the stack of idle connections (the newest on top), `_problem`, why the API can't be reached
+    ("" if it can), and `_problem_since`.
     """
 
     def __init__(self, settings: Settings) -> None:
         """Raises FlagError if the CA file is no good."""
         self.address = settings.backend
-        self.host_line = b"Host: %b\r\n" % settings.backend.authority.encode()
+        self.host_field = ("Host", host_port(self.address.host, self.address.port))
         self.silence = settings.request_timeout
-        self._context = tls_context(settings)
+        self.context = tls_context(settings)
         self._lock = threading.Lock()
         self._idle: list[BackendConnection] = []
+        self._problem = ""
+        self._problem_since = 0.0
+
+    def open(self, outgoing: Outgoing, check: Check | None = None, seconds: float | None = None) -> BackendResponse:
+        """Send a request and read the head of its final answer; to be used in a `with`. `check` is called while the
+        backend is waited for and may raise; `seconds` bounds the whole exchange. Raises BackendError."""
+        end = None if seconds is None else time.monotonic() + seconds
+        if outgoing.repeatable and (connection := self._take()):
+            try:
+                return connection.exchange(outgoing, check, end)
+            except StaleConnection:
+                pass
+        return self.connect(seconds).exchange(outgoing, check, end)
+
+    def exchange(self, outgoing: Outgoing, seconds: float, check: Check | None = None) -> Answer:
+        """The whole answer, within that time. Raises BackendError."""
+        body = bytearray()
+        with self.open(outgoing, check, seconds) as response:
+            for piece in response:
+                body += piece
+                if len(body) > MAX_ANSWER:
+                    raise BackendError(502, f"the backend's answer is larger than {MAX_ANSWER} bytes")
+        head = response.head
+        return Answer(head.status, head.reason, head.end_to_end(HOP_BY_HOP | {"content-length"}), bytes(body))
 
     def connect(self, seconds: float | None = None) -> BackendConnection:
-        """A fresh connection, made within that time."""
-        return BackendConnection(self.address, self._context, self.silence, seconds or self.silence)
+        """A fresh connection, made within that time. Raises Unreachable."""
+        try:
+            connection = BackendConnection(self, seconds or self.silence)
+        except Unreachable as error:
+            self._note(error.reason.removeprefix(f"{self.address} ").removeprefix("can't be reached: "))
+            raise
+        self._note("")
+        return connection
 
-    def take(self) -> BackendConnection | None:
-        """An idle connection on which nothing has arrived since its last answer: `give_back` took none that held more."""
+    def _take(self) -> BackendConnection | None:
+        """An idle connection that is still silent."""
         while True:
             with self._lock:
                 if not self._idle:
                     return None
                 connection = self._idle.pop()
-            if time.monotonic() - connection.idle_since < POOL_SECONDS and not connection.reader.readable():
-                connection.reuse()
+            if time.monotonic() - connection.idle_since < POOL_SECONDS and not connection.wire.readable():
                 return connection
             connection.close()
 
-    def give_back(self, connection: BackendConnection, response: Response) -> None:
-        """Keep a connection whose answer was read to its end, or close it: after an answer without an end of its own,
-        one with bytes behind it, or when PVE said close."""
-        connection.reader.unwatch()
-        delimited = response.keep_alive and response.length != UNTIL_CLOSE and response.status != 101
-        if not connection.reusable or not delimited or connection.reader.holds_more():
-            connection.close()
-            return
+    def keep(self, connection: BackendConnection) -> None:
+        """Keep an idle connection for another request."""
         connection.idle_since = time.monotonic()
         with self._lock:
             if len(self._idle) < POOL_SIZE:
@@ -1055,170 +1014,184 @@ class Backend:
         connection.close()
 
     def prune(self) -> None:
-        """Close the connections that have been idle for too long."""
+        """Close the connections that have been idle for too long: the oldest lie at the bottom."""
         oldest = time.monotonic() - POOL_SECONDS
         with self._lock:
             expired = [connection for connection in self._idle if connection.idle_since < oldest]
-            self._idle = [connection for connection in self._idle if connection.idle_since >= oldest]
+            del self._idle[: len(expired)]
         for connection in expired:
             connection.close()
 
-    def get(self, target: str, fields: bytes, seconds: float, watch: Watch | None = None) -> Answer:
-        """The whole answer to a GET, at most `seconds` from now; `watch` may end the wait for it."""
-        data = b"GET %b HTTP/1.1\r\n%b\r\n" % (target.encode(), fields)
-        connection = self.take()
-        if connection:
-            with contextlib.suppress(StaleConnection):
-                return self._exchange(connection, b"GET", data, seconds, watch)
-        return self._exchange(self.connect(seconds), b"GET", data, seconds, watch)
+    # Whether it can be reached
 
-    def post(self, data: bytes) -> Answer:
-        """The whole answer to a POST given as bytes, on a fresh connection; never sent a second time. Raises
-        Unreachable when nothing was sent, another BackendError when nobody knows what the backend did."""
-        connection = self.connect()
-        connection.reusable = False
-        return self._exchange(connection, b"POST", data, self.silence, None)
+    def problem(self) -> tuple[str, float] | None:
+        """Why it can't be reached, and for how many seconds; None if it can."""
+        with self._lock:
+            return (self._problem, time.monotonic() - self._problem_since) if self._problem else None
 
-    def _exchange(
-        self, connection: BackendConnection, method: bytes, data: bytes, seconds: float, watch: Watch | None
-    ) -> Answer:
-        connection.limit(seconds)
-        if watch:
-            connection.reader.watch(watch)
-        body = bytearray()
-        try:
-            connection.send(data)
-            response = connection.response(method, False, _ignore)
-            for piece in connection.body(response):
-                body += piece
-                if len(body) > MAX_ANSWER:
-                    raise BackendError(502, f"the backend's answer is larger than {MAX_ANSWER} bytes")
-        except BaseException:
-            connection.close()
-            raise
-        self.give_back(connection, response)
-        return Answer(response, bytes(body))
+    def _note(self, problem: str) -> None:
+        """Say once when it can't be reached any more, and once when it can again."""
+        with self._lock:
+            changed = bool(problem) != bool(self._problem)
+            self._problem = problem
+            seconds = time.monotonic() - self._problem_since
+            if changed:
+                self._problem_since = time.monotonic()
+        if changed and problem:
+            log.warning("PVE UNREACHABLE: %s: %s", self.address, problem)
+            threading.Thread(target=self._wait_until_back, name="reach", daemon=True).start()
+        elif changed:
+            log.info("PVE BACK: after %.1fs", seconds)
+
+    def _wait_until_back(self) -> None:
+        """Look for it, so that its return is seen without a request, too."""
+        while self.problem():
+            time.sleep(REACH_SECONDS)
+            self.look()
+
+    def look(self) -> None:
+        """See whether it can be reached, and say so if that has changed."""
+        with contextlib.suppress(Unreachable):
+            self.connect().close()
 
 
-# Clone queue: jobs, the one worker, PVE's locks, and waiting for a task.
+# Clone queue: what PVE says, jobs, the queue, and the one worker.
 
-# A UPID as far as it is put into a path and a log; PVE's own syntax is narrower.
-_UPID = re.compile(r"UPID:(?=[!-~]{1,495}\Z)[^/%?#]*")
+# A UPID as far as it is polled: PVE's own syntax is narrower, but lets users have almost any name.
+_UPID = re.compile(r"UPID:[^\s/]{0,495}")
 _NODE = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
 _UPID_NODE = re.compile(rf"UPID:({_NODE}):")
 # Node, process id and the process's start time (field 22 of /proc/PID/stat), both in hexadecimal.
 _UPID_PROCESS = re.compile(rf"UPID:{_NODE}:([0-9A-Fa-f]{{8}}):([0-9A-Fa-f]{{8,9}}):")
 
-_TOKEN_NAME = re.compile(rb"PVEAPIToken=([^=\s]{1,200})=")
-_TICKET_USER = re.compile(rb"PVEAuthCookie=PVE(?:%3A|:)([^:;\s]{1,200}?)(?:%3A|:)")
+_TOKEN_NAME = re.compile(r"PVEAPIToken=([^=\s]{1,200})=")
+_TICKET_USER = re.compile(r"PVEAuthCookie=PVE(?:%3A|:)([^:;\s]{1,200}?)(?:%3A|:)")
 
-# How long a clone's answer is kept for a client that left and may come back, and how many of them.
+# How long a clone's answer is kept for a client that left and may come back; how many clones are kept, and shown.
 KEEP_SECONDS = 60.0
 KEEP_COUNT = 1000
-# The first and the longest delay before a locked source is tried again.
+HISTORY = 100
+# The first and the longest delay before a locked source, or a PVE that is away, is tried again.
 FIRST_RETRY = 0.25
-LONGEST_RETRY = 2.0
+LONGEST_RETRY = 0.5
+# Between two clones of somebody else's there is a lock and no task: so many tries in a row, this far apart, must find
+# a source locked and not being cloned before it counts as stuck.
+STUCK_TRIES = 3
+STUCK_PAUSE = 1.0
+# How long the client of a refused clone has to come back with another VMID.
+RETURN_SECONDS = 1.0
 # The shortest delay between two polls of a task whose process can't be watched.
 SHORTEST_POLL = 0.03
-HISTORY = 50
+LONGEST_LINE_DISTANCE = 60.0
+
+PVE = "PVE"  # the scope of a hold: all clones
 
 
-def locked_refusals(kind: str, source: str, newid: str) -> re.Pattern[str]:
-    """The texts of a refused POST that say "locked, and nothing was created" (pve-container, qemu-server)."""
-    texts = [rf"cfs-lock 'firewall-vm-{re.escape(newid)}' error: got lock request timeout"]
-    if kind == "lxc":
-        texts.append(r"CT is locked \([^()]*\)")
-        texts.append(rf"can't lock file '/run/lock/lxc/pve-config-{re.escape(source)}\.lock' - got timeout")
-    else:
-        texts.append(r"VM is locked \([^()]*\)")
-    return re.compile("|".join(texts))
+# The errors that say "locked, and nothing was created", whole texts, of a refused POST and of a task (pve-container,
+# qemu-server). Only after these a clone is sent again.
+_LOCKED = {
+    "lxc": r"CT is locked \([^()]*\)|can't lock file '/run/lock/lxc/pve-config-SOURCE\.lock' - got timeout",
+    "qemu": r"VM is locked \([^()]*\)",
+}
+_LOCKED_FIREWALL = r"cfs-lock 'firewall-vm-NEWID' error: got lock request timeout"
+_CONTENTION = (
+    r"clone failed: (can't lock file '/var/lock/pve-manager/pve-storage-[^']*' - got timeout"
+    r"|cfs-lock '[^']*' error: got lock request timeout"
+    r"|can't add VM NEWID to pool '[^']*': cfs-lock 'file-user_cfg' error: got lock request timeout)"
+)
+_CONTENTION_QEMU = r"can't lock file '/var/lock/qemu-server/lock-SOURCE\.conf' - got timeout"
 
 
-def contention_statuses(kind: str, source: str, newid: str) -> re.Pattern[str]:
-    """The exit statuses of a task that failed from contention and has removed what it made."""
-    texts = [
-        r"clone failed: can't lock file '/var/lock/pve-manager/pve-storage-[^']*' - got timeout",
-        r"clone failed: cfs-lock '[^']*' error: got lock request timeout",
-        rf"clone failed: can't add VM {re.escape(newid)} to pool '[^']*': "
-        r"cfs-lock 'file-user_cfg' error: got lock request timeout",
-    ]
-    if kind == "qemu":
-        texts.append(rf"can't lock file '/var/lock/qemu-server/lock-{re.escape(source)}\.conf' - got timeout")
-    return re.compile("|".join(texts))
+def _matches(call: CloneCall, text: str, *patterns: str) -> bool:
+    pattern = "|".join(patterns).replace("SOURCE", re.escape(call.source)).replace("NEWID", re.escape(call.newid))
+    return re.fullmatch(pattern, text) is not None
 
 
-def error_texts(answer: Answer) -> set[str]:
-    """What PVE says of an error: the reason phrase, and the body's `message` without its line end."""
-    message = answer.json_field("message")
-    return {answer.response.reason, message.removesuffix("\n") if isinstance(message, str) else ""}
+def says_locked(call: CloneCall, text: str) -> bool:
+    """Whether a refused POST says that somebody else holds a lock, and that nothing was created."""
+    return _matches(call, text, _LOCKED[call.kind], _LOCKED_FIREWALL)
+
+
+def says_contention(call: CloneCall, text: str) -> bool:
+    """Whether a task's exit status says that it failed from contention and has removed what it made."""
+    return _matches(call, text, _CONTENTION, *([_CONTENTION_QEMU] if call.kind == "qemu" else []))
+
+
+def taken_text(call: CloneCall, taker: CloneJob) -> str:
+    """What PVE says to a clone whose VMID the taker's clone has taken."""
+    if call.kind == taker.call.kind == "qemu":
+        return f"unable to create VM {call.newid}: config file already exists"
+    kind, node = "CT" if taker.call.kind == "lxc" else "VM", node_of(taker.upid, taker.call.node)
+    return f"{kind} {call.newid} already exists on node '{node}'"
 
 
 def upid_of(answer: Answer) -> str | None:
-    """The UPID of an accepted clone, if the answer has one that can be polled and logged."""
+    """The UPID of an accepted clone, if the answer has one that can be polled."""
     data = answer.json_field("data")
-    if 200 <= answer.response.status < 300 and isinstance(data, str) and _UPID.fullmatch(data):
+    if 200 <= answer.status < 300 and isinstance(data, str) and _UPID.fullmatch(data) and data.isprintable():
         return data
     return None
 
 
-class LocalProcess:
-    """A task's worker process on this host, whose end can be waited for. To be closed after use.
+def node_of(upid: str, otherwise: str) -> str:
+    """The node that a UPID names: a real one's name even where the request said `localhost`."""
+    match = _UPID_NODE.match(upid)
+    return match[1] if match else otherwise
 
-    PVE calls a task running exactly while /proc/PID exists with the start time that its UPID names.
-    """
 
-    def __init__(self, pid: int, start_time: str) -> None:
-        """Raises OSError if that very process isn't there, or can't be seen."""
-        self._pid = pid
-        self._start_time = start_time
-        self._pidfd = os.pidfd_open(pid)
-        if not self._exists():
-            self.close()
-            raise ProcessLookupError
+def open_process(upid: str) -> int | None:
+    """A descriptor of a task's worker process (pidfd_open(2)), if it runs on this host: it polls readable when that
+    has ended. PVE calls a task running exactly while /proc/PID exists with the start time that its UPID names."""
+    match = _UPID_PROCESS.match(upid)
+    if not match or not 0 < (pid := int(match[1], 16)) < 1 << 31:
+        return None
+    with contextlib.suppress(OSError):
+        pidfd = os.pidfd_open(pid)  # first, so that the process compared is the one that is held
+        with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
+            # The command's name, in parentheses, may hold anything: field 3 follows the last one.
+            if int(file.read().rpartition(b")")[2].split()[19]) == int(match[2], 16):
+                return pidfd
+        os.close(pidfd)
+    return None
+
+
+class TaskProcess:
+    """A task's worker process, as far as this host sees it: the sleep between two polls ends the moment it ends."""
+
+    def __init__(self, upid: str) -> None:
+        self.pidfd = open_process(upid)
+        self.ended_at = 0.0  # 0 until it has
+        self._begin = time.monotonic()
         self._poll = select.poll()
-        self._poll.register(self._pidfd, select.POLLIN)
+        if self.pidfd is not None:
+            self._poll.register(self.pidfd, select.POLLIN)
 
-    @classmethod
-    def find(cls, upid: str) -> LocalProcess | None:
-        """The process that a UPID names, if it runs on this host."""
-        match = _UPID_PROCESS.match(upid)
-        if not match or not 0 < int(match[1], 16) < 1 << 31:
-            return None
-        try:
-            return cls(int(match[1], 16), str(int(match[2], 16)))
-        except OSError:
-            return None
+    def __enter__(self) -> TaskProcess:
+        return self
 
-    def _exists(self) -> bool:
-        try:
-            with open(f"/proc/{self._pid}/stat", "rb") as file:
-                # The command's name, in parentheses, may hold anything: field 3 follows the last one.
-                fields = file.read().rpartition(b")")[2].split()
-        except OSError:
-            return False
-        return len(fields) > 19 and fields[19] == self._start_time.encode()
+    def __exit__(self, *_: object) -> None:
+        if self.pidfd is not None:
+            os.close(self.pidfd)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for its end, at most that long; True when it has ended. A zombie has not."""
-        deadline = time.monotonic() + seconds
-        if not self._poll.poll(min(seconds, LONGEST_POLL) * 1000):
-            return False
-        pause = 0.001
-        while self._exists():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, 0.064)
-        return True
-
-    def close(self) -> None:
-        """Give its descriptor back."""
-        os.close(self._pidfd)
+    def sleep(self, longest: float, deadline: float) -> None:
+        """Sleep until the next poll, but not over the deadline. Of a process elsewhere a tenth of the time so far keeps
+        both the lag and the number of polls small; one that has ended here counts as running until it is reaped."""
+        now = time.monotonic()
+        pause = longest
+        if self.ended_at:
+            pause = max(0.001, now - self.ended_at)
+        elif self.pidfd is None:
+            pause = max(SHORTEST_POLL, (now - self._begin) / 10)
+        pause = min(pause, longest, 3600.0, deadline - now if now < deadline else 3600.0)
+        if self.ended_at:
+            time.sleep(pause)
+        elif self._poll.poll(pause * 1000):
+            self.ended_at = time.monotonic()
 
 
 class CloneCall(NamedTuple):
-    """What the log and the locks need to know of a clone request, as PVE reads it."""
+    """What the log and the locks need to know of a clone request, as PVE reads it. `newid` is "" if there is none, or
+    if the body has not been read."""
 
     kind: str
     node: str
@@ -1227,266 +1200,508 @@ class CloneCall(NamedTuple):
     user: str
 
     def __str__(self) -> str:
-        return f"node={field_text(self.node)} vmid={field_text(self.source)}"
+        return f"{self.place} newid={word(self.newid)}"
+
+    @property
+    def place(self) -> str:
+        """How every line of a clone's begins."""
+        return f"node={word(self.node)} vmid={word(self.source)}"
 
 
-def user_of(fields: Fields) -> str:
+def user_of(message: Message) -> str:
     """Who a request says it is: the name of its API token, or its ticket's user; never a secret."""
-    credentials = b" ".join(fields.values.get(b"authorization", []) + fields.values.get(b"cookie", []))
+    credentials = " ".join(message.values.get("authorization", []) + message.values.get("cookie", []))
     match = _TOKEN_NAME.search(credentials) or _TICKET_USER.search(credentials)
-    return printable(urllib.parse.unquote_to_bytes(match[1])) if match else ""
+    return printable(urllib.parse.unquote(match[1])) if match else ""
 
 
 def clone_call(request: Request, qemu: bool) -> CloneCall | None:
     """What a clone request asks for, as far as its head tells; None for any other request. It fails closed: what PVE
-    will refuse for its node or VMID counts too."""
-    if request.method != b"POST":
+    will refuse for its node or VMID counts too. Raises Refusal (501) for a format in which PVE runs clones as well, and
+    that nobody needs; `extjs` is the web GUI's, which has its own patience."""
+    if request.method != "POST":
         return None
     parts = request.path_parts()
-    if len(parts) != 7 or parts[:3] != [b"api2", b"json", b"nodes"] or parts[6] != b"clone":
+    if len(parts) != 7 or (parts[0], parts[2], parts[6]) != ("api2", "nodes", "clone"):
         return None
-    kind = parts[4].decode("latin-1")
-    if (kind != "lxc" and not (qemu and kind == "qemu")) or not parts[5].isdigit():
+    _, format_, _, node, kind, source, _ = parts
+    if (kind != "lxc" and not (qemu and kind == "qemu")) or not re.fullmatch("[0-9]+", source) or format_ == "extjs":
         return None
-    return CloneCall(kind, parts[3].decode("latin-1"), parts[5].decode(), "", user_of(request.fields))
+    if format_ != "json":
+        raise Refusal(501, "clones are queued by /api2/json/ only; this format is not offered for them")
+    return CloneCall(kind, node, source, "", user_of(request))
 
 
-def newid_of(request: Request, body: bytes) -> str:
-    """The `newid` parameter, from a JSON or form-encoded body or the query, or "" if there is none."""
-    value: object = None
-    with contextlib.suppress(ValueError, RecursionError):
-        if body.lstrip()[:1] == b"{":
-            content = json.loads(body)
-            value = content.get("newid") if isinstance(content, dict) else None
-    if value is None:
-        query = request.target.partition(b"?")[2]
-        with contextlib.suppress(ValueError):
-            form = urllib.parse.parse_qs(b"&".join([body, query]), max_num_fields=1000)
-            value = form.get(b"newid", [b""])[0].decode("latin-1")
-    text = str(value)
-    return text if re.fullmatch("[0-9]{1,20}", text) else ""
+def lacks_token(request: Request) -> bool:
+    """Whether it has a ticket without its CSRFPreventionToken: PVE refuses it, after 3 s that the worker need not wait."""
+    return "cookie" in request.values and not {"authorization", "csrfpreventiontoken"} & request.values.keys()
 
 
-class Stage(enum.Enum):
-    """Where a job is in its life."""
+def parameter(text: str, name: str) -> list[str]:
+    """The values of a parameter in a query or form, as PVE reads them: `;` separates like `&`, and a value ends at a
+    second `=`."""
+    pairs = [part.split("=")[:2] for part in re.split("[&;]", text) if "=" in part]
+    return [urllib.parse.unquote_plus(value, "latin-1") for key, value in pairs if urllib.parse.unquote_plus(key) == name]
 
-    WAITING = "waiting"
-    RUNNING = "running"
-    PARKED = "parked"
-    ENDED = "ended"
-    DROPPED = "dropped"
+
+def newid_of(query: str, body: bytes) -> str:
+    """The `newid` of a clone as PVE reads it: the query's, or else the body's, which is JSON or a form; without leading
+    zeros. "" if there is none, or more than one, which PVE refuses."""
+    values = parameter(query, "newid")
+    if not values and body.lstrip()[:1] == b"{":
+        values = [str(json_field(body, "newid"))]
+    elif not values:
+        values = parameter(body.decode("latin-1"), "newid")
+    return values[0].lstrip("0") if len(values) == 1 and re.fullmatch("[0-9]{1,20}", values[0]) else ""
+
+
+class Client:
+    """A clone's client as the queue knows it. `event` wakes its handler: the answer is there, or the client has left."""
+
+    # A client has left when it has closed its connection, or only its sending half: nginx and Go read that so too.
+    GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+    def __init__(self, fd: int, address: str) -> None:
+        self.fd = fd
+        self.address = address
+        self.event = threading.Event()
+        self._poll = select.poll()
+        self._poll.register(fd, self.GONE)
+
+    def check(self) -> None:
+        """Raise ClientGone if it has left, which its descriptor tells without being read from."""
+        if self._poll.poll(0):
+            raise ClientGone
 
 
 class CloneJob:
-    """One clone and its life. Everything from `stage` on is guarded by the queue's lock and changed in CloneQueue alone.
+    """One clone and its life. All but the first block is guarded by the queue's mutex and changed by CloneQueue alone.
 
-        WAITING -> RUNNING -> ENDED           its turn, its task's end (or PVE's refusal, or an error)
-                   RUNNING -> PARKED          PVE says locked: nothing was created
-                              PARKED -> RUNNING
-        WAITING, PARKED -> DROPPED            its client has left when its turn comes, or when its place is wanted
+    Where it is in its life follows from where it stands, in `queue` or in `ended`:
 
-    Its client is there (`client`) or has left (None); an equal request takes a left job over. Its `answer` can come
-    before its end: the 504 of a task that outlives -task-timeout, or PVE's own with -answer started. Once it is
-    `delivered` the job is nobody's any more.
+        waiting   in `queue`, and none of the below
+        held      a hold is on one of its scopes: PVE, its node, its source
+        taken     `taken_by` is the clone that took its VMID
+        running   it is `queue.running`
+        ended     in `ended`, with its outcome
+
+    In all of them its client is there (`client`) or has left (None); an equal request takes a left one over. Its `answer`
+    can come before its end: the 504 of a task that outlives -task-timeout, or PVE's own with -answer started. Once it is
+    `delivered`, the job is nobody's any more.
     """
 
-    def __init__(self, call: CloneCall, request: bytes, poll_fields: bytes, key: bytes, client: Client) -> None:
-        """`request` is what PVE gets, `poll_fields` the fields of a poll, `key` the same for equal requests."""
+    def __init__(self, call: CloneCall, outgoing: Outgoing, poll_fields: Fields, key: bytes, client: Client) -> None:
+        """`outgoing` is what PVE gets, `poll_fields` the fields of a poll, `key` the same for equal requests."""
         self.call = call
-        self.request = request
+        self.outgoing = outgoing
         self.poll_fields = poll_fields
         self.key = key
-        self.stage = Stage.WAITING
+        self.scopes = (PVE, f"node {call.node}", f"source {call.source}")
+        self.queued_at = time.monotonic()
+
         self.client: Client | None = client
+        self.address = client.address
         self.answer: Answer | None = None
         self.delivered = False
-        self.queued_at = time.monotonic()
-        self.first_started_at: float | None = None
-        self.started_at = 0.0
-        self.ended_at = 0.0
-        self.outcome = ""
+        self.forgotten = False  # its client has not come back in time
         self.tries = 0
+        self.started_at = 0.0  # of the last try
         self.accepted: Answer | None = None  # PVE's answer with the UPID of the task that runs now
+        self.upid = ""
         self.failed: Answer | None = None  # PVE's answer to a try whose task failed from contention
-        self.give_up_at: float | None = None  # -lock-timeout after PVE first said locked
-        self.retry_delay = FIRST_RETRY
-        self.next_try = 0.0
+        self.taken_by: CloneJob | None = None
+        self.locked = False  # CLONE LOCKED was said
+        self.outcome = ""
+        self.text = ""  # how it ended, in PVE's words where there are any
+        self.ended_at = 0.0
 
-    def facts(self) -> dict[str, Any]:
-        """What the status page shows. The lock is held."""
+    @property
+    def source(self) -> str:
+        """The narrowest of its scopes."""
+        return self.scopes[2]
+
+    @property
+    def left(self) -> bool:
+        """Whether its client has left, and may come back."""
+        return not (self.client or self.delivered or self.forgotten)
+
+    def times(self) -> tuple[float, float]:
+        """Seconds waited and run. What is spent on a lock is part of the wait: only a task runs."""
         now = self.ended_at or time.monotonic()
-        started = self.first_started_at or now
-        return {
-            **self.call._asdict(),
-            "vmid": self.call.source,
-            "stage": self.stage.value,
-            "outcome": self.outcome,
-            "tries": self.tries,
-            "client": "present" if self.client else "answered" if self.delivered else "left",
-            "waited_seconds": round(started - self.queued_at, 3),
-            "clone_seconds": round(now - started, 3),
-        }
+        began = self.started_at if self.upid else now
+        return began - self.queued_at, now - began
 
 
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0
+class Hold:
+    """Why the clones of a scope can't be tried now: since when, what PVE said, and when the first of them tries again.
+    `vain` counts the tries in a row that found a source locked and not being cloned, once a clone's time was over."""
+
+    def __init__(self, now: float) -> None:
+        self.since = now
+        self.until = now
+        self.pause = FIRST_RETRY
+        self.text = ""
+        self.vain = 0
 
 
-def _shutting_down() -> Refusal:
-    return Refusal(503, "the clone queue is shutting down; the clone was not started", retry_after=5)
+class PutOff(NamedTuple):
+    """A try that made nothing and may be repeated: the scope that is the reason, PVE's answer, and its text."""
 
-
-class Locked(NamedTuple):
-    """A try that failed since somebody else holds a lock: PVE's answer to it, and PVE's text."""
-
+    scope: str
     answer: Answer
     text: str
 
 
 class Ended(NamedTuple):
-    """How a try ended: the answer for its client, and the outcome for the record."""
+    """How a clone ended: its outcome, the answer for its client, a text for the page, and its line in the log."""
 
-    answer: Answer
     outcome: str
+    answer: Answer | None
+    text: str
+    line: str
 
 
-class CloneQueue:
-    """Clones in the order of their arrival, one at a time.
+class QueueRefusal(Refusal):
+    """A clone that the queue has no place for; it has been counted."""
 
-    `_lock` guards all below it, and every job's life; `_changed` shares it and is notified when a clone ends. It is
-    held while a client is asked whether it is there (which reads nothing and never waits), never while PVE is asked.
-    `incoming` carries new jobs to the worker, which never puts into it.
+
+class LoginRefusal(Refusal):
+    """PVE's own answer to a client who can't log in, or whom PVE can't serve."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status, answer.reason)
+        self.answer = answer
+
+
+SHUTTING_DOWN = "the clone queue is shutting down; the clone was not started"
+OUTCOMES = ("completed", "failed", "taken", "rejected", "refused", "abandoned")
+
+
+class CloneQueue(queue.Queue[CloneJob]):
+    """Clones in the order of their arrival, one at a time; never asks PVE.
+
+    A queue.Queue in the way queue.PriorityQueue is one: only what comes next is its own. `mutex`, which the conditions
+    share, guards all below and every job's life. It is held while a descriptor is asked whether its client is there,
+    which never waits, and while a line is put into the log's queue.
+
+        queue    what waits and what runs, in the order of arrival; a job that is put off never leaves its place
+        ended    what has ended, the newest last; answers in it are forgotten after KEEP_SECONDS
+        holds    by scope; one exists only while somebody is in its scope
+        totals   by outcome, and what else is counted or summed up
     """
 
-    def __init__(self, settings: Settings, backend: Backend) -> None:
-        self._settings = settings
-        self._backend = backend
-        self.incoming: queue.Queue[CloneJob] = queue.Queue(maxsize=settings.queue_size)
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._waiting: dict[CloneJob, None] = {}  # WAITING and PARKED, in order of arrival
-        self._running: CloneJob | None = None
-        self._parked: dict[str, deque[CloneJob]] = {}  # a line for each locked source, its head to be tried next
-        self._new_is_next = False  # the last try was one of a parked job
-        self._by_key: dict[bytes, list[CloneJob]] = {}  # what could be taken over, oldest first
-        self._kept: dict[CloneJob, None] = {}  # ended and not delivered, oldest first
-        self._history: deque[CloneJob] = deque(maxlen=HISTORY)  # what has ended, the newest last
-        self._draining = False
-        self.totals = dict.fromkeys(("completed", "failed", "rejected", "abandoned", "lock_retries"), 0)
-        self.ended = 0  # jobs whose times are in the two sums
-        self.wait_seconds = 0.0
-        self.clone_seconds = 0.0
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.queue_size)
+        self._lock_timeout = settings.lock_timeout
+        self.changed = threading.Condition(self.mutex)  # notified when a try has ended
 
-    # What handlers call
+    def _init(self, maxsize: int) -> None:
+        self.queue: dict[CloneJob, None] = {}
+        self.running: CloneJob | None = None
+        self.ended: deque[CloneJob] = deque(maxlen=KEEP_COUNT)
+        self.holds: dict[str, Hold] = {}
+        self.draining = False
+        counted = (*OUTCOMES, "lock_retries", "waited", "waited_seconds", "ran", "clone_seconds")
+        self.totals: dict[str, float] = dict.fromkeys(counted, 0)
+        self._fresh_is_next = False  # the last try was one of a job that had been put off
+        # See `_refuse_taken`
+        self._refuse_at_once = 1
+        self._refused_at: float | None = None
+        self._returned: CloneJob | None = None
 
-    def check_room(self, call: CloneCall) -> None:
-        """Raise Refusal if a new clone would find the queue full or closing, before PVE is asked and its body is read.
-        Where any client has left, it might be the one that comes back: then `admit` decides."""
-        with self._lock:
-            if not any(not self._present(job) for jobs in self._by_key.values() for job in jobs):
-                self._make_room(call)
+    def _qsize(self) -> int:
+        return len(self.queue) - (self.running is not None)
 
-    def admit(self, job: CloneJob) -> CloneJob:
-        """Queue the job, or let its client take over an equal one whose client has left; the one that is to be waited
-        for. Raises Refusal if the queue is full or closing."""
-        with self._lock:
-            twin = self._abandoned_twin(job.key)
-            if twin:
-                twin.client = job.client
-                if twin.answer and twin.client:
-                    twin.client.event.set()
-                log.info("CLONE RESUMED: %s (%s)", twin.call, twin.stage.value)
-                return twin
-            self._make_room(job.call)
-            # Logged under the lock, so that it can't come behind CLONE START.
-            log.info("CLONE QUEUED: %s newid=%s waiting=%d", job.call, job.call.newid or "-", len(self._waiting))
-            self._waiting[job] = None
-            self._by_key.setdefault(job.key, []).append(job)
-            # There is room: what waits in `incoming` is part of `_waiting`.
-            self.incoming.put_nowait(job)
-            return job
+    def _put(self, item: CloneJob) -> None:
+        call = item.call
+        if self.draining:  # here, or a job would slip in behind the drain
+            raise self._reject(call, "shutting down", SHUTTING_DOWN, 5)
+        log.info("CLONE QUEUED: %s waiting=%d client=%s user=%s", call, self._qsize(), item.address, word(call.user))
+        self.queue[item] = None
+        if self.running and self.running.upid and self.running.call.newid == call.newid != "":
+            item.taken_by = self.running
+        self._refuse_at_once = 1
+        if self._refused_at is not None and not item.taken_by:
+            self._refused_at = None
+            self._returned = item
+        self._refuse_taken()
 
-    def collect(self, job: CloneJob, client: Client) -> Answer | None:
-        """The job's answer, which from now on is delivered; None if the client has left, or lost the job."""
-        with self._lock:
-            if job.client is not client or not self._present(job):
-                return None
-            assert job.answer
-            job.delivered = True
-            self._forget(job)
-            return job.answer
+    def _get(self) -> CloneJob:
+        """Wait for a job whose turn it is and claim it, in one step; drop those whose clients have left by then."""
+        while True:
+            self._notice_who_left()
+            job, seconds = self._next()
+            if job is None:
+                self.not_empty.wait(seconds)
+            elif job.client is None:
+                self._drop(job)
+            else:
+                break
+        self.running = job
+        job.tries += 1
+        job.started_at = time.monotonic()
+        if job.tries == 1:
+            log.info("CLONE START: %s waited=%.1fs", job.call, job.started_at - job.queued_at)
+        return job
 
-    def leave(self, job: CloneJob, client: Client) -> None:
-        """The client is about to close. To be called before its descriptor is closed."""
-        with self._lock:
-            if job.client is client:
-                self._mark_left(job)
+    def _next(self) -> tuple[CloneJob | None, float | None]:
+        """Of the jobs that are neither taken nor held any more, the first in the order of arrival; or None, and after how
+        many seconds there may be one. Of a hold's scope only the first one tries. Those that are due again and new ones
+        take turns, since PVE may take 10 s to say locked. Among the new ones, who is back with another VMID comes first."""
+        now = time.monotonic()
+        fresh: list[CloneJob] = []
+        held: list[tuple[float, CloneJob]] = []
+        met: set[Hold] = set()
+        for job in self.queue:
+            holds = self._holds_of(job)
+            if not holds and not job.taken_by:
+                fresh.append(job)
+            elif not job.taken_by and met.isdisjoint(holds):
+                held.append((max(hold.until for hold in holds), job))
+            met.update(holds if not job.taken_by else ())
+        held.sort(key=lambda pair: pair[0])
+        fresh.sort(key=lambda job: job is not self._returned)
+        due = [job for until, job in held if until <= now]
+        chosen = next(iter(fresh + due if self._fresh_is_next else due + fresh), None)
+        self._fresh_is_next = chosen in due
+        return chosen, held[0][0] - now if held else None
 
-    # The parts of the above; the lock is held
+    def _holds_of(self, job: CloneJob) -> list[Hold]:
+        return [self.holds[scope] for scope in job.scopes if scope in self.holds]
 
-    def _make_room(self, call: CloneCall) -> None:
-        """See to it that one more job can wait, if need be in the place of the oldest whose client has left."""
-        if self._draining:
-            raise _shutting_down()
-        if len(self._waiting) < self._settings.queue_size:
-            return
-        left = next((job for job in self._waiting if not self._present(job)), None)
-        if not left:
-            self.totals["rejected"] += 1
-            log.warning("CLONE REJECTED: queue full: %s waiting=%d", call, len(self._waiting))
-            raise Refusal(503, f"the clone queue is full: {len(self._waiting)} clones are waiting", retry_after=10)
-        self._withdraw(left, Stage.DROPPED, "abandoned")
+    def _state(self, job: CloneJob) -> str:
+        """Where a job is in its life, in one word."""
+        if job.outcome or job is self.running or job.taken_by:
+            return "ended" if job.outcome else "taken" if job.taken_by else "running"
+        if job.source in self.holds:
+            return "locked"
+        return "away" if self._holds_of(job) else "waiting"
 
-    def _present(self, job: CloneJob) -> bool:
-        if job.client and job.client.gone():
-            self._mark_left(job)
-        return job.client is not None
+    # Clients that leave and come back
+
+    def _notice_who_left(self) -> None:
+        """Look at the connections of all clients at once."""
+        jobs = itertools.chain(self.queue, self.ended)
+        clients = {job.client.fd: job for job in jobs if job.client and not job.delivered}
+        poll = select.poll()
+        for fd in clients:
+            poll.register(fd, Client.GONE)
+        for fd, _ in poll.poll(0):
+            self._mark_left(clients[fd])
 
     def _mark_left(self, job: CloneJob) -> None:
         if job.client:
             job.client.event.set()
         job.client = None
         if not job.delivered:
-            log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, job.stage.value)
+            log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
 
-    def _abandoned_twin(self, key: bytes) -> CloneJob | None:
-        """The oldest job of an equal request whose client has left."""
-        return next((job for job in self._by_key.get(key, ()) if not self._present(job)), None)
+    def check_room(self, call: CloneCall) -> None:
+        """Raise QueueRefusal if a new clone would find the queue full or closing, before PVE is asked and its body is
+        read. Where any client has left, it might be the one that comes back: then `admit` decides."""
+        with self.mutex:
+            self._notice_who_left()
+            if not any(job.left for job in itertools.chain(self.ended, self.queue)):
+                self._make_room(call)
 
-    def _withdraw(self, job: CloneJob, stage: Stage, outcome: str) -> None:
-        """Take a waiting job out wherever it waits; PVE never hears of it (again)."""
-        self._end(job, stage, outcome)
-        with self.incoming.mutex, contextlib.suppress(ValueError):  # not there: with the worker, or parked
-            self.incoming.queue.remove(job)
-        line = self._parked.get(job.call.source)
-        if line and job in line:
-            line.remove(job)
-            if not line:
-                del self._parked[job.call.source]
-        self._forget(job)
+    def admit(self, job: CloneJob) -> CloneJob:
+        """Queue the job, or let its client take over an equal one whose client has left; the one that is to be waited
+        for. Raises QueueRefusal if the queue is full or closing."""
+        with self.mutex:
+            self._notice_who_left()
+            for twin in itertools.chain(self.ended, self.queue):
+                if twin.left and twin.key == job.key and job.client:
+                    twin.client, twin.address = job.client, job.address
+                    if twin.answer:
+                        twin.client.event.set()
+                    log.info("CLONE RESUMED: %s (%s)", twin.call, self._state(twin))
+                    return twin
+            self._make_room(job.call)
+        try:
+            self.put_nowait(job)
+        except queue.Full:  # somebody else was faster
+            return self.admit(job)
+        return job
 
-    def _end(self, job: CloneJob, stage: Stage, outcome: str) -> None:
-        job.stage = stage
-        job.outcome = outcome
-        job.ended_at = time.monotonic()
-        job.request = job.poll_fields = b""
-        self._waiting.pop(job, None)
-        self._kept[job] = None
-        self.totals[outcome] += 1
-        started = job.first_started_at or job.ended_at
-        self.ended += 1
-        self.wait_seconds += started - job.queued_at
-        self.clone_seconds += job.ended_at - started
-        self._history.append(job)
+    def _make_room(self, call: CloneCall) -> None:
+        """See to it that one more job can wait, if need be in the place of the oldest whose client has left. (There may
+        be one too many, if the running one was put off.)"""
+        if self.draining:
+            raise self._reject(call, "shutting down", SHUTTING_DOWN, 5)
+        while self._qsize() >= self.maxsize:
+            left = next((job for job in self.queue if not job.client and job is not self.running), None)
+            if not left:
+                reason = f"the clone queue is full: {self.maxsize} clones are waiting"
+                raise self._reject(call, "queue full", reason, 10)
+            self._drop(left)
 
-    def _forget(self, job: CloneJob) -> None:
-        """From now on nobody can take it over."""
-        self._kept.pop(job, None)
-        twins = self._by_key.get(job.key)
-        if twins and job in twins:
-            twins.remove(job)
-            if not twins:
-                del self._by_key[job.key]
+    def _reject(self, call: CloneCall, why: str, reason: str, retry_after: int) -> QueueRefusal:
+        self._count("rejected", f"CLONE REJECTED: {why}: {call} waiting={self._qsize()}")
+        return QueueRefusal(503, reason, retry_after=retry_after)
+
+    def turn_away(self, call: CloneCall, error: Exception) -> None:
+        """Note a clone that did not come as far as the queue: it was refused, or its client left."""
+        with self.mutex:
+            if isinstance(error, Refusal) and not isinstance(error, QueueRefusal):
+                self._count("refused", f"CLONE REFUSED: {call} status={error.status} {printable(error.reason)}")
+            elif not isinstance(error, Refusal):
+                self._count("abandoned", f"CLONE DROPPED: {call}: its client left before it was queued")
+
+    def collect(self, job: CloneJob, client: Client) -> Answer | None:
+        """The job's answer, which from now on is delivered; None if the client has left, or lost the job."""
+        with self.mutex:
+            self._notice_who_left()
+            job.delivered = job.delivered or job.client is client
+            return job.answer if job.client is client else None
+
+    def leave(self, job: CloneJob, client: Client) -> None:
+        """The client is about to close. To be called before its descriptor is closed."""
+        with self.mutex:
+            if job.client is client:
+                self._mark_left(job)
+
+    def wants(self, newid: str) -> bool:
+        """Whether a clone with that VMID waits or runs."""
+        with self.mutex:
+            return any(job.call.newid == newid for job in self.queue)
+
+    # Taken VMIDs
+
+    def _refuse_taken(self) -> None:
+        """Refuse clones whose VMID has been taken, one client at a time.
+
+        A clone is taken when it waits and PVE has accepted another one with the same VMID, which runs or has succeeded
+        since: PVE would refuse it from that moment on. (It can't be asked: while the source is being cloned it says locked.)
+        Clients that are refused look for another VMID, and find the smallest one with which PVE has not *started* a
+        clone. Two that look at the same time find the same one, and collide again. So when the oldest taken clone has been
+        refused, the first that arrives after it, and is not taken, is held to be its client's, back with a new number. It is
+        started next, and only when PVE has accepted it (or it can't be: it ended, left, is taken or held) is the next one
+        refused. So no two look at the same time, and since that falls into the time in which the returned clone runs,
+        the worker never idles. Where nobody comes back within RETURN_SECONDS, clients may be of the kind that gives up:
+        then two are refused, then four, and so on, until there is an arrival.
+        """
+        now = time.monotonic()
+        taken = [job for job in self.queue if job.taken_by]
+        if not taken or (self._refused_at is None and self._returned and self._is_coming(self._returned)):
+            return
+        if self._refused_at is not None:
+            if now - self._refused_at < RETURN_SECONDS:
+                return
+            self._refuse_at_once *= 2
+        self._notice_who_left()
+        refused = 0
+        for job in taken:
+            if job.client is None:
+                self._drop(job)
+            elif job.taken_by and refused < self._refuse_at_once:
+                text = taken_text(job.call, job.taken_by)
+                line = f"CLONE FAILED: {job.call} status=500 {printable(text)} (taken)"
+                self._end(job, Ended("taken", error_answer(Refusal(500, text)), text, line))
+                self._refused_at, self._returned = now, None
+                refused += 1
+
+    def _is_coming(self, job: CloneJob) -> bool:
+        """Whether PVE may yet accept this clone soon."""
+        return job in self.queue and bool(job.client) and not (job.upid or job.taken_by or self._holds_of(job))
+
+    def _free_taken(self, job: CloneJob) -> None:
+        """A clone has failed: PVE has removed what it made, and those that want its VMID are in the line again."""
+        for other in self.queue:
+            if other.taken_by is job:
+                other.taken_by = None
+
+    # What the worker calls
+
+    def note_accepted(self, job: CloneJob, answer: Answer, upid: str) -> None:
+        """PVE has started the running job's task."""
+        with self.mutex:
+            job.accepted = answer
+            job.upid = upid
+            for other in self.queue:
+                if other is not job and other.call.newid == job.call.newid != "":
+                    other.taken_by = job
+            self._refuse_taken()
+
+    def answer_early(self, job: CloneJob, answer: Answer) -> bool:
+        """Answer the running job's client before its end; False if that has been done."""
+        with self.mutex:
+            early = not job.answer
+            if early:
+                self._give(job, answer)
+            return early
+
+    def finish(self, job: CloneJob, ended: Ended) -> None:
+        """The running job has ended, other than by being put off: whatever held its scopes is over."""
+        with self.mutex:
+            for scope in job.scopes:
+                self.holds.pop(scope, None)
+            if ended.outcome != "completed":
+                self._free_taken(job)
+            self.running = None
+            self._end(job, ended)
+            self._refuse_taken()
+            self.changed.notify_all()
+
+    def is_time_over(self, scope: str) -> bool:
+        """Whether a job of that scope, which may be the running one, has waited for its hold as long as it may."""
+        with self.mutex:
+            return bool(self._over(scope))
+
+    def _over(self, scope: str) -> list[CloneJob]:
+        """The jobs of a hold's scope that have waited as long as they may: that counts from their arrival or, if that is
+        later, from when the hold began."""
+        latest = time.monotonic() - self._lock_timeout
+        since = self.holds[scope].since if scope in self.holds else sys.maxsize
+        jobs = [job for job in self.queue if scope in job.scopes and not job.taken_by]
+        return [job for job in jobs if max(since, job.queued_at) <= latest]
+
+    def put_off(self, job: CloneJob, put_off: PutOff, being_cloned: bool) -> None:
+        """The running job's try made nothing: all of that scope wait, and who has waited long enough is refused. Where
+        somebody else's clone of the source runs, the source works, and they may wait as long again."""
+        scope, answer, text = put_off
+        with self.mutex:
+            for wider in job.scopes[: job.scopes.index(scope)]:  # PVE has answered, so it is there, and so on
+                self.holds.pop(wider, None)
+            self._free_taken(job)
+            self.running = None
+            if job.upid:
+                job.failed = job.failed or answer
+                job.accepted, job.upid = None, ""
+            if self.draining:
+                self._end_unstarted(job)
+            else:
+                own = error_answer(Refusal(max(answer.status, 500), text))
+                for other in self._hold(job, scope, text, being_cloned):
+                    given = answer if other is job else own
+                    line = f"CLONE FAILED: {other.call} status={given}: {printable(text)}"
+                    self._end(other, Ended("failed", given, text, line)) if other.client else self._drop(other)
+            self._refuse_taken()
+            self.changed.notify_all()
+
+    def _hold(self, job: CloneJob, scope: str, text: str, being_cloned: bool) -> list[CloneJob]:
+        """Hold a scope until its next try; the jobs that have waited long enough. For a source several tries must have
+        been in vain, since between two clones of somebody else's there is a lock and no task."""
+        now = time.monotonic()
+        hold = self.holds.setdefault(scope, Hold(now))
+        hold.text = text
+        self.totals["lock_retries"] += 1
+        if not job.locked:
+            job.locked = True
+            log.warning("CLONE LOCKED: %s: %s", job.call, printable(text))
+        if being_cloned:
+            hold.since = now
+        over = self._over(scope)
+        hold.vain = hold.vain + 1 if over else 0
+        if over:
+            hold.until = now + STUCK_PAUSE
+            return over if scope != job.source or hold.vain >= STUCK_TRIES else []
+        # Not later than when the first one's time is over, so that it is tried once more then.
+        first = min(max(hold.since, job.queued_at) for job in self.queue if scope in job.scopes)
+        hold.until = min(now + hold.pause * random.uniform(0.8, 1.2), first + self._lock_timeout)
+        hold.pause = min(LONGEST_RETRY, 1.5 * hold.pause)
+        return []
+
+    # The end of a job
 
     def _give(self, job: CloneJob, answer: Answer) -> None:
         if not job.delivered:
@@ -1494,303 +1709,412 @@ class CloneQueue:
             if job.client:
                 job.client.event.set()
 
-    # The worker
+    def _count(self, outcome: str, line: str) -> None:
+        """Say once, and count once, how a clone ended."""
+        self.totals[outcome] += 1
+        log.log(logging.INFO if outcome == "completed" else logging.WARNING, "%s", line)
 
-    def run(self) -> NoReturn:
-        """The worker's life: one job after the other, whatever happens to one of them."""
-        while True:
-            job = self._next()
-            if not self._claim(job):
-                continue
-            try:
-                result = self._try(job)
-            except Exception:
-                log.exception("CLONE ERROR: %s: unexpected failure", job.call)
-                refusal = Refusal(500, "unexpected failure in the clone queue; the outcome of the clone is unknown")
-                result = Ended(error_answer(refusal), "failed")
-            if isinstance(result, Locked):
-                self._park_or_end(job, result)
-            else:
-                self._finish(job, result)
+    def _end(self, job: CloneJob, ended: Ended) -> None:
+        self._count(ended.outcome, ended.line + (f" tries={job.tries}" if job.tries > 1 else ""))
+        if ended.answer:
+            self._give(job, ended.answer)
+        job.outcome, job.text, job.ended_at = ended.outcome, ended.text, time.monotonic()
+        del self.queue[job]
+        self.ended.append(job)
+        for scope in job.scopes:
+            if scope in self.holds and not any(scope in other.scopes for other in self.queue):
+                del self.holds[scope]
+        waited, ran = job.times()
+        self.totals["waited"] += 1
+        self.totals["waited_seconds"] += waited
+        self.totals["ran"] += bool(job.upid)
+        self.totals["clone_seconds"] += ran
 
-    def _next(self) -> CloneJob:
-        """The job whose turn it is: a parked one that is due, then a new one of a source without a line, and so on: PVE
-        may take 10 s to say locked, and neither kind shall keep the other waiting."""
-        while True:
-            with self._lock:
-                line = min(self._parked.values(), key=lambda line: line[0].next_try, default=None)
-                wait = line[0].next_try - time.monotonic() if line else None
-                if line and wait is not None and wait <= 0 and not (self._new_is_next and not self.incoming.empty()):
-                    self._new_is_next = True
-                    job = line.popleft()
-                    if not line:
-                        del self._parked[job.call.source]
-                    return job
-            try:
-                job = self.incoming.get(timeout=max(0.0, wait) if wait is not None else None)
-            except queue.Empty:
-                continue
-            with self._lock:
-                line = self._parked.get(job.call.source)
-                if line is None:
-                    self._new_is_next = False
-                    return job
-                if job.stage is Stage.WAITING:
-                    line.append(job)
+    def _drop(self, job: CloneJob) -> None:
+        """End a waiting job whose client has left; PVE never hears of it (again)."""
+        job.forgotten = True
+        line = f"CLONE DROPPED: {job.call}: its client left and did not come back"
+        self._end(job, Ended("abandoned", None, "client left", line))
 
-    def _claim(self, job: CloneJob) -> bool:
-        """Start the job, unless it was dropped or its client has left: decided in one step."""
-        with self._lock:
-            if job.stage not in (Stage.WAITING, Stage.PARKED):
-                return False
-            if not self._present(job):
-                self._withdraw(job, Stage.DROPPED, "abandoned")
-                return False
-            job.stage = Stage.RUNNING
-            job.tries += 1
-            job.accepted = None
-            job.started_at = time.monotonic()
-            job.first_started_at = job.first_started_at or job.started_at
-            del self._waiting[job]
-            self._running = job
-        waited = job.started_at - job.queued_at
-        log.info("CLONE START: %s waited=%.1fs%s", job.call, waited, f" try={job.tries}" if job.tries > 1 else "")
-        return True
-
-    def _finish(self, job: CloneJob, result: Ended) -> None:
-        with self._lock:
-            self._give(job, result.answer)
-            self._running = None
-            self._end(job, Stage.ENDED, result.outcome)
-            if job.delivered:
-                self._forget(job)
-            self._changed.notify_all()
-
-    def _park_or_end(self, job: CloneJob, locked: Locked) -> None:
-        """Let the job wait for a lock that somebody else holds, for -lock-timeout and one more try in all."""
-        now = time.monotonic()
-        with self._lock:
-            first = job.give_up_at is None
-            over = job.give_up_at = now + self._settings.lock_timeout if job.give_up_at is None else job.give_up_at
-            park = now < over and not self._draining
-            if park:
-                self.totals["lock_retries"] += 1
-                job.next_try = min(now + job.retry_delay * random.uniform(0.8, 1.2), over)
-                job.retry_delay = min(LONGEST_RETRY, 1.5 * job.retry_delay)
-                job.stage = Stage.PARKED
-                self._waiting[job] = None
-                self._parked.setdefault(job.call.source, deque()).appendleft(job)
-                self._running = None
-                self._changed.notify_all()
-        if park and first:
-            log.warning("CLONE LOCKED: %s: %s", job.call, printable(locked.text))
-        elif not park and now < over:  # draining
-            self._finish(job, Ended(job.failed or error_answer(_shutting_down()), "failed"))
-        elif not park:
-            log.warning("CLONE FAILED: %s status=%s: still locked", job.call, locked.answer.response)
-            self._finish(job, Ended(locked.answer, "failed"))
-
-    def _try(self, job: CloneJob) -> Ended | Locked:
-        """Post the clone to PVE and see it through."""
-        call = job.call
-        try:
-            answer = self._backend.post(job.request)
-        except BackendError as error:
-            unknown = not isinstance(error, Unreachable)
-            reason = error.reason + ("; the outcome of the clone is unknown: see PVE's task list" if unknown else "")
-            log.warning("CLONE ERROR: %s: %s", call, reason)
-            return Ended(error_answer(Refusal(error.status, reason)), "failed")
-        upid = upid_of(answer)
-        if upid is None:
-            return self._refused(job, answer)
-        log.info("CLONE TASK: %s upid=%s", call, upid)
-        with self._lock:
-            job.accepted = answer
-            if self._settings.answer == "started":
-                self._give(job, answer)
-        exit_status = self._wait_for_task(job, upid)
-        elapsed = time.monotonic() - job.started_at
-        if exit_status is None:
-            log.warning("CLONE ERROR: %s upid=%s: no longer waited for (elapsed: %.1fs)", call, upid, elapsed)
-            return Ended(job.answer or answer, "failed")
-        if exit_status == "OK" or exit_status.startswith("WARNINGS: "):
-            log.info("CLONE COMPLETE: %s upid=%s (elapsed: %.1fs)", call, upid, elapsed)
-            return Ended(answer, "completed")
-        log.warning(
-            "TASK FINISHED: status=stopped exitstatus=%s %s upid=%s (elapsed: %.1fs)",
-            printable(exit_status), call, upid, elapsed,
-        )  # fmt: skip
-        contention = contention_statuses(call.kind, call.source, call.newid).fullmatch(exit_status)
-        with self._lock:
-            if contention and self._settings.lock_timeout and not job.answer:
-                job.failed = job.failed or answer
-                return Locked(answer, exit_status)
-        return Ended(answer, "failed")
-
-    def _refused(self, job: CloneJob, answer: Answer) -> Ended | Locked:
-        """What follows from an answer without a UPID."""
-        call = job.call
-        response = answer.response
-        texts = error_texts(answer)
-        if response.status == 500 and self._settings.lock_timeout:
-            pattern = locked_refusals(call.kind, call.source, call.newid)
-            for text in texts:
-                if pattern.fullmatch(text):
-                    return Locked(answer, text)
-        if job.failed and any("already exists" in text for text in texts):
-            log.warning("CLONE ERROR: %s newid=%s: PVE's clean-up after the failed try left it behind", call, call.newid)
-            return Ended(job.failed, "failed")
-        if response.status < 300:
-            log.warning("CLONE ERROR: %s: PVE's answer holds no UPID that can be polled: %s", call, response)
+    def _end_unstarted(self, job: CloneJob) -> None:
+        """End a waiting job since the program ends: with 503, or with the answer to its failed task."""
+        answer = job.failed or error_answer(Refusal(503, SHUTTING_DOWN, retry_after=5))
+        line = f"CLONE REJECTED: shutting down: {job.call}"
+        if job.client is None:
+            self._drop(job)
         else:
-            log.warning("CLONE FAILED: %s status=%s", call, response)
-        return Ended(answer, "failed")
-
-    # Waiting for a task
-
-    def _wait_for_task(self, job: CloneJob, upid: str) -> str | None:
-        """The task's exit status; None if nobody can tell any more whether it runs."""
-        process = LocalProcess.find(upid)
-        with contextlib.closing(process) if process else contextlib.nullcontext():
-            return self._poll_until_stopped(job, upid, process)
-
-    def _poll_until_stopped(self, job: CloneJob, upid: str, process: LocalProcess | None) -> str | None:
-        settings = self._settings
-        begin = polls_since = last_success = time.monotonic()
-        deadline = begin + settings.task_timeout
-        next_line = begin
-        ended = False
-        while True:
-            now = time.monotonic()
-            pause = self._pause(now - polls_since, process is not None and not ended)
-            if now < deadline:
-                pause = min(pause, deadline - now)
-            if process and not ended:
-                ended = process.wait(pause)
-                polls_since = time.monotonic()
-            else:
-                time.sleep(pause)
-            now = time.monotonic()
-            # Before the deadline a silent backend must not hold up the client's 504 for long.
-            seconds = max(1.0, deadline - now) if now < deadline else settings.request_timeout
-            try:
-                exit_status = self._poll(job, upid, min(seconds, settings.request_timeout))
-                if exit_status is not None:
-                    return exit_status
-                level, line = logging.INFO, "TASK POLLING: status=running"
-                last_success = time.monotonic()
-            except BackendError as error:
-                level, line = logging.WARNING, f"TASK POLL ERROR: {job.call}: {error.reason}"
-            now = time.monotonic()
-            if now >= next_line:
-                log.log(level, line)
-                next_line = now + settings.poll_delay
-            if now >= deadline:
-                self._time_out(job, upid)
-                if ended or (process is None and now - last_success >= settings.task_timeout):
-                    return None
-
-    def _pause(self, elapsed: float, watched: bool) -> float:
-        """Seconds until the next poll. Watched: the process's end wakes the sleep. Otherwise a tenth of the time so
-        far, which keeps both the lag and the number of polls small."""
-        longest = max(self._settings.poll_delay, 0.01)
-        return longest if watched else min(longest, max(SHORTEST_POLL, elapsed / 10))
-
-    def _poll(self, job: CloneJob, upid: str, seconds: float) -> str | None:
-        """Ask PVE for the task's exit status; None while it runs. Raises BackendError if PVE doesn't say."""
-        match = _UPID_NODE.match(upid)
-        node = urllib.parse.quote(match[1] if match else job.call.node.encode("latin-1"), safe="")
-        target = f"/api2/json/nodes/{node}/tasks/{urllib.parse.quote(upid, safe='')}/status"
-        answer = self._backend.get(target, job.poll_fields, seconds)
-        data = answer.json_field("data")
-        if answer.response.status != 200 or not isinstance(data, dict):
-            raise BackendError(502, str(answer.response))
-        exit_status = data.get("exitstatus", "")
-        if data.get("status") == "stopped" and isinstance(exit_status, str):
-            return exit_status
-        if data.get("status") != "running":
-            raise BackendError(502, "the task's status is neither running nor stopped")
-        return None
-
-    def _time_out(self, job: CloneJob, upid: str) -> None:
-        """Tell the client, once, that its task is taking too long. The queue is held by the task all the same."""
-        with self._lock:
-            if job.answer:
-                return
-            reason = f"the clone task did not end within {self._settings.task_timeout:g} s: {upid}"
-            self._give(job, error_answer(Refusal(504, reason, data=upid)))
-        log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, upid, time.monotonic() - job.started_at)
+            self._end(job, Ended("failed" if job.failed else "rejected", answer, "shutting down", line))
 
     # Operation and shutdown
 
-    def snapshot(self) -> dict[str, Any]:
-        """What runs, what waits, what has ended lately, totals and medians: as it goes into /status.json."""
-        with self._lock:
-            history = [job.facts() for job in self._history]
-            ran = [job["clone_seconds"] for job in history if job["outcome"] == "completed"]
-            waited = [job["waited_seconds"] for job in history if job["outcome"] == "completed"]
-            return {
-                "running": self._running.facts() if self._running else None,
-                "waiting": [job.facts() for job in self._waiting],
-                "history": history,
-                "totals": dict(self.totals),
-                "wait_seconds": {"sum": self.wait_seconds, "median": _median(waited)},
-                "clone_seconds": {"sum": self.clone_seconds, "median": _median(ran)},
-                "ended": self.ended,
-            }
-
     def look_around(self) -> None:
-        """Notice the clients that have left, and forget the answers that nobody has come back for. To be called twice
-        a second: one thread that looks after all costs less than a hundred that each look after one."""
+        """Notice the clients that have left, go on refusing taken clones, and forget the answers that nobody has come back
+        for. To be called a few times a second: one thread that looks after all costs less than a hundred of them."""
         oldest = time.monotonic() - KEEP_SECONDS
-        with self._lock:
-            for jobs in self._by_key.values():
-                for job in jobs:
-                    self._present(job)
-            for job in list(self._kept):
-                if job.ended_at > oldest and len(self._kept) <= KEEP_COUNT:
-                    break
-                self._forget(job)
+        with self.mutex:
+            self._notice_who_left()
+            self._refuse_taken()
+            for job in self.ended:
+                if job.ended_at < oldest and not job.client:
+                    job.forgotten = True
+                    job.answer = None
 
     def drain(self) -> None:
-        """Start no more clones: those that wait are answered with 503, or with the answer to their failed task."""
-        with self._lock:
-            self._draining = True
-            for job in list(self._waiting):
-                outcome = "failed" if job.failed else "rejected"
-                if self._present(job):
-                    self._give(job, job.failed or error_answer(_shutting_down()))
-                    log.warning("CLONE REJECTED: shutting down: %s", job.call)
-                else:
-                    outcome = "abandoned"
-                self._withdraw(job, Stage.ENDED, outcome)
+        """Start no more clones: those that wait are answered."""
+        with self.mutex:
+            self.draining = True
+            self._notice_who_left()
+            for job in [job for job in self.queue if job is not self.running]:
+                self._end_unstarted(job)
 
     def wait_until_idle(self, deadline: float) -> bool:
         """Wait until no clone runs; False if one still does at the deadline."""
-        with self._lock:
-            return self._changed.wait_for(lambda: self._running is None, max(0.0, deadline - time.monotonic()))
+        with self.mutex:
+            return self.changed.wait_for(lambda: self.running is None, max(0.0, deadline - time.monotonic()))
 
     def answer_running(self) -> None:
         """Give the running clone's client what is known: PVE goes on with the clone, this program doesn't."""
         reason = "the proxy is shutting down before PVE answered; the outcome of the clone is unknown: see its task list"
-        with self._lock:
-            job = self._running
+        with self.mutex:
+            job = self.running
             if job and not job.answer:
                 self._give(job, job.accepted or error_answer(Refusal(504, reason)))
+
+    def facts(self, job: CloneJob) -> dict[str, Any]:
+        """What the status page shows of a job. The mutex is held."""
+        waited, ran = job.times()
+        hold = next(iter(self._holds_of(job)), None) if self._state(job) in ("locked", "away") else None
+        now = time.monotonic()
+        return {
+            **job.call._asdict(),
+            "vmid": job.call.source,
+            "stage": self._state(job),
+            "outcome": job.outcome,
+            "text": hold.text if hold else job.text,
+            "tries": job.tries,
+            "client": "answered" if job.delivered else "present" if job.client else "left",
+            "address": job.address,
+            "upid": job.upid,
+            "waited_seconds": round(waited, 3),
+            "clone_seconds": round(ran, 3),
+            "ended": round(time.time() - now + job.ended_at, 3) if job.ended_at else None,
+            "gives_up_in": round(max(hold.since, job.queued_at) + self._lock_timeout - now, 1) if hold else None,
+        }
+
+    def counts(self) -> tuple[CloneCall | None, float, int, dict[str, float]]:
+        """What runs, for how many seconds, how many wait, and the totals: little, since it is asked for all the time."""
+        with self.mutex:
+            running = self.running
+            seconds = time.monotonic() - running.started_at if running else 0.0
+            return running.call if running else None, seconds, self._qsize(), dict(self.totals)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What runs, what waits, what has ended lately, totals and medians: as it goes into /status.json."""
+        with self.mutex:
+            history = [self.facts(job) for job in list(self.ended)[-HISTORY:]]
+            waiting = [self.facts(job) for job in self.queue if job is not self.running]
+            running = self.facts(self.running) if self.running else None
+            totals = dict(self.totals)
+
+        def times(kind: str, count: str) -> dict[str, float]:
+            values = sorted(job[kind] for job in history if job["outcome"] == "completed")
+            return {"sum": totals.pop(kind), "count": totals.pop(count), "median": values[len(values) // 2] if values else 0.0}
+
+        waits, runs = times("waited_seconds", "waited"), times("clone_seconds", "ran")
+        waits["oldest"] = max((job["waited_seconds"] for job in waiting), default=0.0)
+        return {"queue_size": self.maxsize, "running": running, "waiting": waiting, "history": history,
+                "totals": totals, "wait_seconds": waits, "clone_seconds": runs}  # fmt: skip
+
+
+class CloneWorker:
+    """The one thread that runs clones: takes the job whose turn it is, tries it, and tells the queue how that ended.
+    It holds no book of its own."""
+
+    def __init__(self, settings: Settings, backend: Backend, clones: CloneQueue, on_accepted: Callable[[str], None]) -> None:
+        """`on_accepted` is told each VMID with which PVE has started a clone."""
+        self._settings = settings
+        self._backend = backend
+        self._clones = clones
+        self._on_accepted = on_accepted
+
+    def run(self) -> NoReturn:
+        """One job after the other, whatever happens to one of them."""
+        while True:
+            job = self._clones.get()
+            try:
+                result = self._try(job)
+                being_cloned = isinstance(result, PutOff) and self._is_being_cloned(job, result.scope)
+            except Exception:
+                log.exception("unexpected failure in a clone")
+                reason = "unexpected failure in the clone queue; the outcome of the clone is unknown"
+                result = Ended("failed", error_answer(Refusal(500, reason)), reason, f"CLONE ERROR: {job.call}: {reason}")
+            if isinstance(result, Ended):
+                self._clones.finish(job, result)
+            else:
+                self._clones.put_off(job, result, being_cloned)
+
+    def _is_being_cloned(self, job: CloneJob, scope: str) -> bool:
+        """Whether a clone of the job's locked source runs, where some job's time is over. Asked with the job's own
+        credentials, which show their own tasks, or with Sys.Audit all of the node's."""
+        call = job.call
+        if scope != job.source or not self._clones.is_time_over(scope):
+            return False
+        node, kind = urllib.parse.quote(call.node, safe=""), "vzclone" if call.kind == "lxc" else "qmclone"
+        target = f"/api2/json/nodes/{node}/tasks?source=active&vmid={call.source}&typefilter={kind}"
+        try:
+            tasks = self._ask(job, target, self._settings.request_timeout)
+        except BackendError:
+            return False
+        running = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+        return any(task.get("type") == kind and str(task.get("id")) == call.source and "endtime" not in task for task in running)
+
+    def _ask(self, job: CloneJob, target: str, seconds: float) -> object:
+        """PVE's data for a GET with the job's credentials. Raises BackendError without any."""
+        answer = self._backend.exchange(Outgoing("GET", target, job.poll_fields), seconds)
+        if answer.status != 200:
+            raise BackendError(502, str(answer))
+        return answer.json_field("data")
+
+    def _try(self, job: CloneJob) -> Ended | PutOff:
+        """Post the clone to PVE and see it through."""
+        call = job.call
+        try:
+            answer = self._backend.exchange(job.outgoing, self._settings.request_timeout)
+        except BackendError as error:
+            if isinstance(error, Away) and self._settings.lock_timeout:
+                return PutOff(PVE, error_answer(error), error.reason)
+            unknown = "" if isinstance(error, Unreachable) else "; the outcome of the clone is unknown: see PVE's task list"
+            reason = error.reason + unknown
+            return Ended("failed", error_answer(Refusal(error.status, reason)), reason, f"CLONE ERROR: {call}: {reason}")
+        upid = upid_of(answer)
+        if upid is None:
+            return self._refused(job, answer)
+        log.info("CLONE TASK: %s upid=%s newid=%s", call.place, printable(upid), word(call.newid))
+        self._clones.note_accepted(job, answer, upid)
+        self._on_accepted(call.newid)
+        if self._settings.answer == "started":
+            self._clones.answer_early(job, answer)
+        return self._stopped(job, answer, self._wait_for_task(job))
+
+    def _refused(self, job: CloneJob, answer: Answer) -> Ended | PutOff:
+        """What follows from an answer without a UPID."""
+        call = job.call
+        message = answer.json_field("message")
+        texts = [answer.reason, message.removesuffix("\n") if isinstance(message, str) else ""]
+        locked = next((text for text in texts if answer.status == 500 and says_locked(call, text)), None)
+        if locked and self._settings.lock_timeout:
+            return PutOff(job.source, answer, locked)
+        if answer.status == 595 and self._settings.lock_timeout:  # AnyEvent::HTTP: no connection to pvedaemon or that node
+            return PutOff(job.scopes[1], answer, answer.reason)
+        if job.failed and any("already exists" in text for text in texts):
+            text = "PVE's clean-up after the failed try left it behind"
+            return Ended("failed", job.failed, text, f"CLONE ERROR: {call}: {text}")
+        if answer.status < 300:
+            line = f"CLONE ERROR: {call}: PVE's answer holds no UPID that can be polled: {answer}"
+            return Ended("failed", answer, "no UPID that can be polled", line)
+        return Ended("failed", answer, answer.reason, f"CLONE FAILED: {call} status={answer}")
+
+    def _stopped(self, job: CloneJob, answer: Answer, exit_status: str | None) -> Ended | PutOff:
+        """What follows from a task's exit status."""
+        call = job.call
+        facts = f"upid={printable(job.upid)} (elapsed: {time.monotonic() - job.started_at:.1f}s)"
+        if exit_status is None:
+            text = "no longer waited for; the outcome is unknown"
+            return Ended("failed", job.answer or answer, text, f"CLONE ERROR: {call} {facts}: {text}")
+        if exit_status == "OK" or exit_status.startswith("WARNINGS: "):
+            line = f"CLONE COMPLETE: {call.place} {facts} newid={word(call.newid)}"
+            return Ended("completed", answer, exit_status, line)
+        if says_contention(call, exit_status) and self._settings.lock_timeout and not job.answer:
+            return PutOff(job.source, answer, exit_status)
+        line = f"TASK FINISHED: status=stopped exitstatus={printable(exit_status)} {call} {facts}"
+        return Ended("failed", answer, exit_status, line)
+
+    # Waiting for a task
+
+    def _wait_for_task(self, job: CloneJob) -> str | None:
+        """Poll until the task has stopped: its exit status; None if nobody can tell any more whether it runs."""
+        timeout, silence = self._settings.task_timeout, self._settings.request_timeout
+        begin = last_success = next_line = time.monotonic()
+        deadline = begin + timeout
+        last_error = ""
+        with TaskProcess(job.upid) as process:
+            while True:
+                process.sleep(max(self._settings.poll_delay, 0.01), deadline)
+                # Before the deadline a silent backend must not hold up the client's 504 for long.
+                now = time.monotonic()
+                error = ""
+                try:
+                    exit_status = self._poll(job, min(max(1.0, deadline - now), silence) if now < deadline else silence)
+                    if exit_status is not None:
+                        return exit_status
+                    last_success = time.monotonic()
+                except BackendError as failure:
+                    error = failure.reason
+                now = time.monotonic()
+                if now >= next_line or (error and not last_error):
+                    self._log_poll(job, error, now - begin)
+                    next_line = now + min(max(0.5, now - begin), LONGEST_LINE_DISTANCE)
+                last_error = error
+                if now >= deadline:
+                    self._time_out(job)
+                    if process.ended_at or (process.pidfd is None and now - last_success >= timeout):
+                        return None
+
+    def _log_poll(self, job: CloneJob, error: str, elapsed: float) -> None:
+        if error:
+            log.warning("TASK POLL ERROR: %s: %s (elapsed: %.1fs)", job.call, error, elapsed)
+        else:
+            log.info("TASK POLLING: status=running %s (elapsed: %.1fs)", job.call, elapsed)
+
+    def _poll(self, job: CloneJob, seconds: float) -> str | None:
+        """Ask PVE for the task's exit status; None while it runs. Raises BackendError if PVE doesn't say."""
+        node = urllib.parse.quote(node_of(job.upid, job.call.node), safe="")
+        data = self._ask(job, f"/api2/json/nodes/{node}/tasks/{urllib.parse.quote(job.upid, safe='')}/status", seconds)
+        status = data.get("status") if isinstance(data, dict) else None
+        exit_status = data.get("exitstatus", "") if isinstance(data, dict) else None
+        if status == "stopped" and isinstance(exit_status, str):
+            return exit_status
+        if status != "running":
+            raise BackendError(502, "the task's status is neither running nor stopped")
+        return None
+
+    def _time_out(self, job: CloneJob) -> None:
+        """Tell the client, once, that its task is taking too long. The queue is held by the task all the same."""
+        reason = f"the clone task did not end within {self._settings.task_timeout:g} s: {job.upid}"
+        if self._clones.answer_early(job, error_answer(Refusal(504, reason, data=job.upid))):
+            seconds = time.monotonic() - job.started_at
+            log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), seconds)
+
+
+# VMIDs: `/cluster/nextid` gives two clients the same number until PVE has started a clone with it.
+
+MAX_PROBES = 100  # numbers asked for in place of one that is spoken for
+MAX_RESERVATIONS = 10_000
+
+
+class Reservation(NamedTuple):
+    """A VMID that was handed out: until when it is spoken for, to whom, and whether its owner may still probe it."""
+
+    until: float
+    owner: tuple[str, str]
+    may_probe: bool
+
+
+Ask = Callable[[str], Answer]
+
+
+class Reservations:
+    """The VMIDs that were handed out within -reserve-nextid, and the answers to `/cluster/nextid` that respect them.
+
+    A VMID is spoken for when it was handed out, or is the `newid` of a clone that waits or runs. Only PVE's answers of 200
+    hand one out. An owner is who has the same user or token and the same address. `_lock` guards `_by_vmid`, the oldest
+    first.
+    """
+
+    def __init__(self, seconds: float, clones: CloneQueue) -> None:
+        self.seconds = seconds
+        self._clones = clones
+        self._lock = threading.Lock()
+        self._by_vmid: dict[str, Reservation] = {}
+
+    def answer(self, target: str, owner: tuple[str, str], ask: Ask) -> Answer:
+        """The answer to a GET of that target; `ask` gives PVE's to the same request with another target. Raises what
+        `ask` raises."""
+        path, _, query = target.partition("?")
+        wanted = parameter(query, "vmid")
+        if not wanted:
+            return self._next_free(path, ask(target), owner, ask)
+        vmid = wanted[0].lstrip("0")
+        if len(wanted) > 1 or not re.fullmatch("[0-9]{3,9}", vmid):
+            return ask(target)
+        if not self._claim(vmid, owner, may_probe=False):
+            return _vmid_taken(vmid)
+        return self._confirm(vmid, target, ask)
+
+    def _next_free(self, path: str, first: Answer, owner: tuple[str, str], ask: Ask) -> Answer:
+        """PVE's first answer, or the one for the next number above that is neither spoken for nor taken."""
+        number = str(first.json_field("data"))
+        if first.status != 200 or not re.fullmatch("[0-9]{3,9}", number) or self._claim(number, owner, may_probe=True):
+            return first
+        asked = 0
+        for vmid in map(str, range(int(number) + 1, 1_000_000_000)):
+            if self._claim(vmid, owner, may_probe=True):
+                answer = self._confirm(vmid, f"{path}?vmid={vmid}", ask)
+                asked += 1
+                if answer.status == 200:
+                    return answer
+            if asked == MAX_PROBES:
+                break
+        return first
+
+    def _claim(self, vmid: str, owner: tuple[str, str], may_probe: bool) -> bool:
+        """Speak for a VMID, before PVE is asked, so that nobody else is told the same; False if it is spoken for. Of a
+        number that came without being asked for, its owner may be told once more that it is free."""
+        if self._clones.wants(vmid):
+            return False
+        now = time.monotonic()
+        with self._lock:
+            held = self._by_vmid.get(vmid)
+            probed = held and held.may_probe and held.owner == owner and not may_probe
+            if held and held.until > now and not probed:
+                return False
+            self._by_vmid.pop(vmid, None)
+            self._by_vmid[vmid] = Reservation(now + self.seconds, owner, may_probe)
+            while len(self._by_vmid) > MAX_RESERVATIONS or next(iter(self._by_vmid.values())).until <= now:
+                del self._by_vmid[next(iter(self._by_vmid))]
+            return True
+
+    def _confirm(self, vmid: str, target: str, ask: Ask) -> Answer:
+        """PVE's answer for a claimed VMID, which is spoken for no more if PVE does not say that it is free."""
+        free = False
+        try:
+            answer = ask(target)
+            free = answer.status == 200
+            return answer
+        finally:
+            if not free:
+                self.release(vmid)
+
+    def release(self, vmid: str) -> None:
+        """Speak for it no more: PVE has started a clone with it, or does not say that it is free."""
+        with self._lock:
+            self._by_vmid.pop(vmid, None)
+
+
+def is_next_id(request: Request) -> bool:
+    """Whether a request asks for a free VMID, or whether one is free. (`extjs` is the web GUI's.)"""
+    return (request.method, request.length) == ("GET", 0) and request.path_parts() == ["api2", "json", "cluster", "nextid"]
+
+
+def _vmid_taken(vmid: str) -> Answer:
+    """What PVE answers for a VMID that is taken."""
+    content = {"data": None, "errors": {"vmid": f"VM {vmid} already exists"}, "message": "Parameter verification failed.\n"}
+    fields = [("Content-Type", "application/json;charset=UTF-8")]
+    return Answer(400, "Parameter verification failed.", fields, json.dumps(content).encode())
 
 
 # Handler: one thread for each connection; reads requests, decides what they are, answers them.
 
 HEAD_SECONDS = 30.0  # for a request's head, from its first byte; and for the first byte of a connection
-CROWDED_HEAD_SECONDS = 2.0  # the same for a connection that will only hear that there are too many
 IDLE_SECONDS = 180.0  # between two requests; Caddy keeps its idle connections for 120 s
 HANDSHAKE_SECONDS = 10.0
 LINGER_SECONDS = 5.0  # how long an answered client may go on sending before its connection is closed
 HALF_CLOSED_SECONDS = 300.0  # silence after which a tunnel that is closed on one side is given up
 MAX_CLONE_BODY = 512 * 1024  # PVE's own limit
 TUNNEL_BUFFER = 64 * 1024
+# A body that is slower than this for that long may have to make room for another connection.
+SLOW_BYTES_PER_SECOND = 1024
+SLOW_SECONDS = 5.0
 
-_CLONE_DROP = REQUEST_DROP | {b"content-length"}
+
+class Activity(enum.Enum):
+    """What a connection does."""
+
+    IDLE = "idle"  # between two requests, or with a head that is not complete
+    READING = "reading"  # a request's body
+    BUSY = "busy"  # with a request
+    WAITING = "waiting"  # for a clone
+    TUNNEL = "tunnel"
 
 
 def keep_tcp_alive(sock: socket.socket) -> None:
@@ -1816,10 +2140,10 @@ def plain_address(text: str) -> str | None:
 class _Flow:
     """One direction of a tunnel. At most one buffer is held: a slow sink stops the reading."""
 
-    def __init__(self, source: socket.socket, sink: socket.socket, first_bytes: bytearray) -> None:
-        self.source = source
-        self.sink = sink
-        self.buffer = first_bytes
+    def __init__(self, source: Wire, sink: Wire) -> None:
+        self.source = source.sock
+        self.sink = sink.sock
+        self.buffer = source.buffer  # what came behind the head
         self.source_ended = False
         self.sink_ended = False
 
@@ -1830,12 +2154,12 @@ class _Flow:
     def move(self) -> None:
         """Read once and write once, as far as that goes without waiting. Raises OSError when the tunnel broke."""
         if self.wants_to_read():
-            with contextlib.suppress(*_WOULD_BLOCK):
+            with contextlib.suppress(*WOULD_BLOCK):
                 data = self.source.recv(TUNNEL_BUFFER)
                 self.buffer += data
                 self.source_ended = not data
         if self.buffer:
-            with contextlib.suppress(*_WOULD_BLOCK):
+            with contextlib.suppress(*WOULD_BLOCK):
                 del self.buffer[: self.sink.send(self.buffer)]
         if self.source_ended and not self.buffer and not self.sink_ended:
             self.sink_ended = True
@@ -1843,11 +2167,10 @@ class _Flow:
             socket.socket.shutdown(self.sink, socket.SHUT_WR)
 
 
-def run_tunnel(client: MessageReader, backend: MessageReader) -> None:
-    """Relay the bytes of an upgraded connection, both ways, until both sides have ended or one broke. No idle limit.
-    Bytes behind either head are still in the readers' buffers."""
-    up = _Flow(client.sock, backend.sock, client.buffer)
-    down = _Flow(backend.sock, client.sock, backend.buffer)
+def run_tunnel(client: Wire, backend: Wire) -> None:
+    """Relay the bytes of an upgraded connection, both ways, until both sides have ended or one broke. No idle limit."""
+    up = _Flow(client, backend)
+    down = _Flow(backend, client)
     with contextlib.suppress(OSError):
         while not (up.sink_ended and down.sink_ended):
             up.move()
@@ -1877,38 +2200,47 @@ def _wait_for_flow(up: _Flow, down: _Flow) -> bool:
     return bool(ready)
 
 
-class ConnectionHandler(http.server.BaseHTTPRequestHandler):
-    """The server's side of a client connection: strict reading, deadlines, errors. A subclass answers requests."""
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    """Relays requests, queues clones, and turns WebSockets into tunnels.
 
-    server: ConnectionServer
+    To the backend go method, target, fields and body as they came, but
+    - hop-by-hop fields and those that Connection names are removed (RFC 9110 7.6.1), and so is Expect, which is answered
+      here since PVE never does (RFC 9110 10.1.1);
+    - the body is framed anew: by its Content-Length, chunked, or not at all where there is none;
+    - X-Forwarded-For is one single address, since PVE can read only that: behind a proxy on this host the last one it
+      gave, otherwise the peer's own;
+    - an HTTP/1.0 request without Host gets the backend's.
+    To the client go status, reason, fields and body as they came, without hop-by-hop fields, framed anew. Nothing else is
+    added. An answer that the backend cuts short is cut short here too.
+    """
+
+    server: ProxyServer
+    protocol_version = request_version = "HTTP/1.1"
+
+    # The moments of a connection
 
     def setup(self) -> None:
-        """Join the server's handlers. What can fail comes later, in `handle`."""
+        """Join the server's connections. What can fail comes later, in `handle`."""
         self.sock: socket.socket = self.request
-        self.silence = self.server.silence
-        self.deadline = within(self.silence)
+        self.peer = plain_address(str(self.client_address[0])) or "0.0.0.0"
+        self.http11 = True  # of the request in hand
+        self.unread = False  # a part of it
         self.responding = False
-        self.unread = False
-        self.answered = False
-        self.sent = 0
-        self.thread_id = threading.get_native_id()
-        self.crowded = not self.server.register(self)
+        self.answered = False  # at least one request
+        self.paid_until = 0.0  # see `request_body`; written by this thread alone
+        self.server.join(self)
 
     def handle(self) -> None:
         """The connection's life."""
         try:
-            self.peer = plain_address(str(self.client_address[0])) or "0.0.0.0"
-            self.peer_is_local = ipaddress.ip_address(self.peer).is_loopback
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_tcp_alive(self.sock)
             if self.server.tls:
                 self._start_tls(self.server.tls)
-            self.sock.setblocking(False)
-            self.reader = MessageReader(self.sock)
-            self.client_watch = Watch(self.sock.fileno(), GONE_EVENTS, Client(self.sock.fileno()).check)
-            self.close_connection = False
-            while not self.close_connection:
-                self.handle_one_request()
+            self.wire = Wire(self.sock, self.server.silence)
+            self.wfile = self.wire  # type: ignore[assignment]
+            self.watch = Client(self.sock.fileno(), self.peer)
+            super().handle()
         except OSError as error:
             log.debug("a connection ended: %s", error)
 
@@ -1921,8 +2253,8 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Close the connection; from here on nobody else may touch its descriptor."""
-        self.server.unregister(self)
-        if not self.responding:  # a goodbye would make an answer that was cut off look complete
+        self.server.leave(self)
+        if not self.responding:  # a goodbye behind an answer that was cut off would make it look complete
             close_notify(self.sock)
         self.sock.close()
 
@@ -1930,7 +2262,7 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         """Whether a request may have arrived. Asked by another thread, which holds the server's lock."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
-        return bool(self.reader.buffer) or bool(poll.poll(0))
+        return bool(self.wire.buffer) or bool(poll.poll(0))
 
     def wake(self) -> None:
         """End the connection from another thread, which holds the server's lock."""
@@ -1941,82 +2273,135 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         """Read a request and answer it. The one place where failures become answers."""
         self.close_connection = True
         try:
-            request = self.read_request()
+            request = self._read_request()
             if request is None:
                 return
-            self.answer(request)
+            self._answer(request)
             self.answered = True
             if self.unread:
-                self.linger()
+                self._linger()
             elif not self.close_connection:
-                self.close_connection = not self.server.enter_idle(self)
+                self.close_connection = not self.server.enter(self, Activity.IDLE)
         except Refusal as refusal:
-            self.refuse(refusal)
+            self._refuse(refusal)
         except Stalled:
-            self.refuse(Refusal(408, f"the request did not arrive within {self.silence:g} s of silence"))
+            self._refuse(Refusal(408, f"the request did not arrive within {self.server.silence:g} s of silence"))
         except (Disconnected, ClientGone):
             self.close_connection = True
         except Exception:
             log.exception("unexpected failure in a request of %s", self.peer)
-            self.refuse(Refusal(500, "unexpected failure in the proxy"))
+            self._refuse(Refusal(500, "unexpected failure in the proxy"))
 
-    def read_request(self) -> Request | None:
+    # Reading a request
+
+    def _read_request(self) -> Request | None:
         """The next request, its body not read yet; None if there is none."""
-        reader = self.reader
-        seconds = CROWDED_HEAD_SECONDS if self.crowded else HEAD_SECONDS
-        idle_until = time.monotonic() + (IDLE_SECONDS if self.answered else seconds)
+        wire = self.wire
+        self.unread = True
+        wire.end = time.monotonic() + (IDLE_SECONDS if self.answered else HEAD_SECONDS)
         try:
-            while len(reader.buffer) < 3:
-                reader.wait(idle_until)
-                reader.fill_now()
+            if not wire.buffer:
+                wire.wait(select.POLLIN)
+            while len(wire.buffer) < 3:
+                wire.buffer += wire.receive()
         except (Stalled, Disconnected):
             return None
         # RFC 9112 2.2: old clients send an empty line behind a body.
-        if reader.buffer.startswith(b"\r\n"):
-            del reader.buffer[:2]
+        if wire.buffer.startswith(b"\r\n"):
+            del wire.buffer[:2]
+        wire.end = time.monotonic() + HEAD_SECONDS
         try:
-            head = reader.head(time.monotonic() + seconds)
+            head = wire.head()
         except Stalled:
-            raise Refusal(408, f"the request's head was not complete within {seconds:g} s") from None
-        if not self.server.leave_idle(self):
+            raise Refusal(408, f"the request's head was not complete within {HEAD_SECONDS:g} s") from None
+        finally:
+            wire.end = None
+        if not self.server.enter(self, Activity.BUSY):
             return None
-        if self.crowded:
-            raise Refusal(503, "too many connections", retry_after=5)
-        request = parse_request(head)
+        request = Request(head)
+        self.http11 = request.http11
+        self.unread = request.length != 0
         self.close_connection = not request.keep_alive
         return request
 
-    def answer(self, request: Request) -> None:
-        """Answer one request. A subclass does it."""
-        raise NotImplementedError
+    def request_body(self, request: Request, check: Check | None = None, seconds: float | None = None) -> Iterator[bytes]:
+        """The body's pieces, asked for first if the client waits to be asked: the one reader of bodies. `check` is called
+        while the client is waited for; `seconds` bounds the whole. Raises Refusal and ClientGone for what is the client's
+        fault."""
+        wire = self.wire
+        wire.end = seconds and time.monotonic() + seconds
+        self.paid_until = time.monotonic() + SLOW_SECONDS
+        self.server.enter(self, Activity.READING)
+        try:
+            if request.expects_continue and not wire.buffer:
+                wire.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            wire.check = check
+            for piece in wire.body(request.length):
+                # Each byte pays for some time, of which only so much can be saved.
+                now = time.monotonic()
+                self.paid_until = min(self.paid_until + len(piece) / SLOW_BYTES_PER_SECOND, now + SLOW_SECONDS)
+                yield piece
+            self.unread = False
+        except Malformed as error:
+            raise Refusal(error.status, error.reason) from None
+        except Stalled:
+            raise Refusal(408, "the request's body did not arrive in time") from None
+        except Disconnected:
+            raise ClientGone from None
+        finally:
+            wire.check = wire.end = None
+            self.server.enter(self, Activity.BUSY)
 
-    def respond(self, request: Request | None, response: Response, first: bytes, pieces: Iterable[Bytes] = ()) -> None:
-        """Send an answer, framed for this client. What is there of its body, `first`, goes out with the head."""
-        head = response.relayed_head
-        until_close = False
-        if response.length == CHUNKED and request and request.http11:
-            head += b"Transfer-Encoding: chunked\r\n"
-            pieces = chunked(itertools.chain((first,), pieces))
-            first = b""
-        elif response.length < 0:
-            self.close_connection = until_close = True
-            self._close_by_reset(True)
-        if self.server.draining:
+    # Answering
+
+    def _answer(self, request: Request) -> None:
+        """Decide what the request is."""
+        self.forwarded_for = self._forwarded_for(request)
+        call = clone_call(request, self.server.settings.qemu)
+        if call and not lacks_token(request):
+            self._clone(request, call)
+        elif self.server.settings.reserve_nextid and is_next_id(request):
+            self._next_id(request)
+        else:
+            self._relay(request)
+
+    def _send_head(self, status: int, reason: str, fields: Fields) -> None:
+        self.send_response_only(status, reason)
+        for name, value in fields:
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _respond(self, status: int, reason: str, fields: Fields, length: int, first: bytes, rest: Iterable[bytes] = ()) -> int:
+        """Send an answer, framed for this client; the number of bytes of its body. What is there of it, `first`, goes out
+        with the head."""
+        chunked = length == CHUNKED and self.http11
+        until_close = length < 0 and not chunked
+        if until_close or self.unread or self.server.draining.is_set():
             self.close_connection = True
-        if self.close_connection:
-            head += b"Connection: close\r\n"
-        elif request and not request.http11:
-            head += b"Connection: keep-alive\r\n"
-        data = b"%b\r\n%b" % (head, first)
+        if until_close:
+            self._close_by_reset(True)
+        if chunked:
+            fields.append(CHUNKED_FIELD)
+        if self.close_connection or not self.http11:
+            fields.append(("Connection", "close" if self.close_connection else "keep-alive"))
         self.responding = True
-        send_all(self.sock, data, self.deadline)
-        self.sent = len(data)
-        for piece in pieces:
-            send_all(self.sock, piece, self.deadline)
-            self.sent += len(piece)
+        self._send_head(status, reason, fields)
+        self.wire.write(first)
+        self.wire.flush()
+        sent = len(first)
+        for piece in rest:
+            sent += len(piece)
+            self.wire.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        if chunked:
+            self.wire.sendall(b"0\r\n\r\n")
         self.responding = False
         if until_close:
             self._close_by_reset(False)
+        return sent
+
+    def _respond_whole(self, answer: Answer) -> None:
+        length = [("Content-Length", str(len(answer.body)))] if answer.status not in (204, 304) else []
+        self._respond(answer.status, answer.reason, answer.fields + length, len(answer.body), answer.body)
 
     def _close_by_reset(self, on: bool) -> None:
         """An answer that ends with the connection must not look whole when it is cut off, even by the end of the
@@ -2024,278 +2409,227 @@ class ConnectionHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))
 
-    def refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error and close; if an answer has begun already, cut it off."""
         self.close_connection = True
         if self.responding:
             return
         with contextlib.suppress(Disconnected, Stalled):
-            self.respond(None, *error_answer(refusal))
-            self.linger()
+            self._respond_whole(refusal.answer if isinstance(refusal, LoginRefusal) else error_answer(refusal))
+            if self.unread or self.wire.readable():
+                self._linger()
 
-    def linger(self) -> None:
+    def _linger(self) -> None:
         """Let a client that is still sending read its answer: closing at once would destroy it by a RST (RFC 9112
         9.6). What arrives is dropped, undecrypted."""
         self.close_connection = True
         deadline = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):
             close_notify(self.sock)
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)  # not SSLSocket.shutdown(), which would end decryption, too
             poll = select.poll()
             poll.register(self.sock, select.POLLIN)
             while (seconds := deadline - time.monotonic()) > 0 and poll.poll(seconds * 1000):
-                if not socket.socket.recv(self.sock, PIECE_SIZE):
+                if not socket.socket.recv(self.sock, RECEIVE_SIZE):
                     return
-
-
-class ProxyHandler(ConnectionHandler):
-    """Relays requests, queues clones, and turns WebSockets into tunnels.
-
-    To the backend go method, target, field lines and body as they came, but
-    - hop-by-hop fields and those that Connection names are removed (RFC 9110 7.6.1), and so is Expect, which is answered
-      here since PVE never does (RFC 9110 10.1.1);
-    - the body is framed anew: by its Content-Length, chunked, or not at all where there is none;
-    - X-Forwarded-For is one single address, since PVE can read only that: behind a proxy on this host the last one it
-      gave, otherwise the peer's own;
-    - an HTTP/1.0 request without Host gets the backend's.
-    To the client go status line, field lines and body as they came, without hop-by-hop fields, framed anew. Nothing else
-    is added. An answer that the backend cuts short is cut short here too.
-    """
-
-    server: ProxyServer
-
-    def answer(self, request: Request) -> None:
-        """Decide what the request is."""
-        self.forwarded_for = self._forwarded_for(request)
-        call = clone_call(request, self.server.settings.qemu)
-        if call:
-            self.clone(request, call)
-        else:
-            self.relay(request)
-
-    def _forwarded_for(self, request: Request) -> str:
-        values = request.fields.values.get(b"x-forwarded-for")
-        if values and self.peer_is_local:
-            return plain_address(values[-1].decode("latin-1").rpartition(",")[2].strip(" \t")) or self.peer
-        return self.peer
-
-    def _added_fields(self, request: Request) -> bytes:
-        """The field lines that the proxy adds for the backend."""
-        host = b"" if b"host" in request.fields.values else self.server.backend.host_line
-        return b"%bX-Forwarded-For: %b\r\n" % (host, self.forwarded_for.encode())
 
     # Relaying
 
-    def relay(self, request: Request) -> None:
+    def _forwarded_for(self, request: Request) -> str:
+        values = request.values.get("x-forwarded-for")
+        if values and ipaddress.ip_address(self.peer).is_loopback:
+            return plain_address(values[-1].rpartition(",")[2].strip(" \t")) or self.peer
+        return self.peer
+
+    def _outgoing_fields(self, request: Request, drop: frozenset[str]) -> Fields:
+        """The request's end-to-end fields, and those that the proxy adds for the backend."""
+        fields = request.end_to_end(drop)
+        if "host" not in request.values:
+            fields.append(self.server.backend.host_field)
+        fields.append(("X-Forwarded-For", self.forwarded_for))
+        return fields
+
+    def _outgoing(self, request: Request) -> Outgoing:
+        """The request as the backend gets it, its body as it arrives."""
+        fields = self._outgoing_fields(request, REQUEST_DROP - {"upgrade"} if request.upgrade else REQUEST_DROP)
+        if request.upgrade:
+            fields.append(("Connection", "Upgrade"))
+        if request.length == CHUNKED:
+            fields.append(CHUNKED_FIELD)
+        body = (lambda check: self.request_body(request, check)) if request.length else None
+        return Outgoing(request.method, request.target, fields, body, request.upgrade)
+
+    def _relay(self, request: Request) -> None:
         """Send the request on and stream the answer back."""
         begin = time.monotonic()
         try:
-            connection, response = self._open(request)
-        except BackendError:
+            with self.server.backend.open(self._outgoing(request), self.watch.check) as response:
+                head = response.head
+                if head.status == 101:
+                    self._tunnel(response)
+                    return
+                if request.method == "POST":
+                    self._note_failed_login(request, response)
+                for interim in response.interim if self.http11 else ():
+                    self._send_head(interim.status, interim.reason, interim.relayed_fields())
+                first = response.take()
+                rest = () if response.isclosed() else response
+                sent = self._respond(head.status, head.reason, head.relayed_fields(), head.length, first, rest)
+        except BackendError as error:
             self.server.count_backend_error()
+            if self.responding:
+                log.warning("RELAY CUT OFF: %s: %s", self._line(request), error.reason)
             raise
-        try:
-            if response.status == 101:
-                self._tunnel(connection, response)
-            else:
-                first = connection.reader.take(response.length)
-                rest = connection.body(response, len(first)) if len(first) != response.length else ()
-                if request.method == b"POST":
-                    self._note_failed_login(request, response, first)
-                self.respond(request, response, first, rest)
-        except BaseException:
-            connection.close()
-            raise
-        self.server.backend.give_back(connection, response)
-        self.server.count_relayed(response.status)
+        self._note_relayed(request, head.status, sent, begin)
+
+    def _line(self, request: Request) -> str:
+        return f"{printable(request.method)} {printable(request.target.partition('?')[0])}"
+
+    def _note_relayed(self, request: Request, status: int, sent: int, begin: float) -> None:
+        self.server.count_relayed(status)
         if self.server.settings.verbose:
-            path = printable(request.target.partition(b"?")[0])
-            log.info("RELAYED: %s %s status=%d bytes=%d time=%.3fs", printable(request.method), path, response.status,
-                     self.sent, time.monotonic() - begin)  # fmt: skip
+            seconds = time.monotonic() - begin
+            log.info("RELAYED: %s status=%d bytes=%d time=%.3fs", self._line(request), status, sent, seconds)
 
-    def _open(self, request: Request) -> tuple[BackendConnection, Response]:
-        """Send the request and read the head of its final answer. Only a safe request without a body may go out on a
-        kept-alive connection, and a second time if that turns out closed."""
-        head = b"%b%b\r\n" % (request.relayed_head, self._added_fields(request))
-        backend = self.server.backend
-        if request.length == 0 and request.method in SAFE_METHODS and not request.upgrade:
-            connection = backend.take()
-            if connection:
-                try:
-                    return connection, self._ask(connection, request, head)
-                except StaleConnection:
-                    pass
-        connection = backend.connect()
-        return connection, self._ask(connection, request, head)
-
-    def _ask(self, connection: BackendConnection, request: Request, head: bytes) -> Response:
-        on_interim = self._pass_on if request.http11 else _ignore
-        try:
-            if request.length:
-                self._upload(connection, request, head, on_interim)
-            else:
-                connection.send(head)
-            connection.reader.watch(self.client_watch)
-            return connection.response(request.method, request.upgrade, on_interim)
-        except BaseException:
-            connection.close()
-            raise
-
-    def _pass_on(self, interim: Response) -> None:
-        send_all(self.sock, interim.relayed_head + b"\r\n", self.deadline)
-
-    def _upload(
-        self, connection: BackendConnection, request: Request, head: bytes, on_interim: Callable[[Response], None]
-    ) -> None:
-        """Send head and body, the body as it arrives, until the backend has answered."""
-        pieces = self._request_body(request, self.deadline)
-        # PVE may misread a body, a chunked one above all, and take the rest for another request.
-        connection.reusable = False
-        if request.length == CHUNKED:
-            pieces = chunked(pieces)
-        if self.reader.buffer:
-            head += next(pieces)
-
-        answer = connection.reader.buffer
-        early = Broken(502, "the backend answered before it had the whole request")
-
-        def look_for_answer() -> None:
-            self.client_watch.look()
-            try:
-                connection.reader.fill_now()
-            except Disconnected:
-                raise early from None
-            while answer.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in answer:
-                if answer.startswith(b"HTTP/1.1 101"):
-                    raise early
-                on_interim(connection.response_head(request.method))
-            if not b"HTTP/1.1 1".startswith(answer[:10]) or len(answer) > MAX_HEAD:
-                raise early
-
-        watch = self.client_watch._replace(look=look_for_answer)
-        self.reader.watch(Watch(connection.sock.fileno(), select.POLLIN, look_for_answer))
-        try:
-            connection.send(head, watch)
-            for piece in pieces:
-                connection.send(piece, watch)
-        except Broken:
-            # It answered already, or it closed: what it said before can still be read.
-            self._leave_body_unread()
-        finally:
-            self.reader.unwatch()
-
-    def _leave_body_unread(self) -> None:
-        self.close_connection = self.unread = True
-
-    def _request_body(self, request: Request, deadline: Deadline) -> Iterator[Bytes]:
-        """The body's pieces, asked for first if the client waits to be asked."""
-        if request.expects_continue and not self.reader.buffer:
-            send_all(self.sock, b"HTTP/1.1 100 Continue\r\n\r\n", self.deadline)
-        return self.reader.body(request.length, deadline)
-
-    def _note_failed_login(self, request: Request, response: Response, body: bytes) -> None:
+    def _note_failed_login(self, request: Request, response: BackendResponse) -> None:
         """Log a failed login, since PVE itself sees only this proxy there. The API says 401; to the web GUI PVE says
         200, and 401 in a small body, which comes with its head."""
         parts = request.path_parts()
-        if len(parts) != 4 or parts[0] != b"api2" or parts[2:] != [b"access", b"ticket"]:
-            return
-        failed = response.status == 401
-        if response.status == 200 and parts[1] == b"extjs":
-            answer = Answer(response, body)
-            failed = answer.json_field("status") == 401 and not answer.json_field("success")
-        if failed:
-            log.warning("AUTH FAILED: client=%s path=/%s", self.forwarded_for, printable(b"/".join(parts)))
+        status, body = response.head.status, bytes(response.wire.buffer)
+        gui = status == 200 and parts[1:2] == ["extjs"] and json_field(body, "status") == 401 and not json_field(body, "success")
+        if parts[:1] + parts[2:] == ["api2", "access", "ticket"] and (status == 401 or gui):
+            log.warning("AUTH FAILED: client=%s path=/%s", self.forwarded_for, printable("/".join(parts)))
 
-    def _tunnel(self, connection: BackendConnection, response: Response) -> None:
+    def _tunnel(self, response: BackendResponse) -> None:
         """Pass on the 101 and every byte after it."""
         self.close_connection = True
-        keep_tcp_alive(connection.sock)
-        fields = response.fields.end_to_end(HOP_BY_HOP - {b"upgrade"})
-        head = b"HTTP/1.1%b\r\n%bConnection: Upgrade\r\n\r\n" % (response.status_line, fields)
-        send_all(self.sock, head, self.deadline)
-        if self.server.begin_tunnel(self):
-            run_tunnel(self.reader, connection.reader)
+        keep_tcp_alive(response.wire.sock)
+        head = response.head
+        fields = head.end_to_end(HOP_BY_HOP - {"upgrade"})
+        self._send_head(head.status, head.reason, [*fields, ("Connection", "Upgrade")])
+        self.wire.flush()
+        if self.server.enter(self, Activity.TUNNEL):
+            run_tunnel(self.wire, response.wire)
+
+    def _next_id(self, request: Request) -> None:
+        """Answer with a VMID that nobody else was given, or that one is taken."""
+        begin = time.monotonic()
+        fields = self._outgoing_fields(request, REQUEST_DROP)
+
+        def ask(target: str) -> Answer:
+            return self.server.backend.exchange(Outgoing("GET", target, fields), self.server.silence, self.watch.check)
+
+        try:
+            answer = self.server.reservations.answer(request.target, (user_of(request), self.forwarded_for), ask)
+        except BackendError:
+            self.server.count_backend_error()
+            raise
+        self._respond_whole(answer)
+        self._note_relayed(request, answer.status, len(answer.body), begin)
 
     # Clones
 
-    def clone(self, request: Request, call: CloneCall) -> None:
+    def _clone(self, request: Request, call: CloneCall) -> None:
         """Queue the clone, wait for its turn and its end, and send PVE's answer."""
         clones = self.server.clones
-        if request.length > MAX_CLONE_BODY:
-            raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
-        clones.check_room(call)
-        credentials = self._poll_fields(request)
-        # Strangers must not fill the queue, nor the memory with a body. PVE takes 3 s to say 401, in this thread's time.
-        login = self.server.backend.get("/api2/json/version", credentials, self.silence, self.client_watch)
-        if login.response.status == 401:
-            if request.length:
-                self._leave_body_unread()
-            self.respond(request, *login)
-            return
-        body = self._clone_body(request)
-        call = call._replace(newid=newid_of(request, body))
-        client = Client(self.sock.fileno())
-        job = clones.admit(self._job(request, call, body, credentials, client))
+        client = Client(self.sock.fileno(), self.forwarded_for)
         try:
+            job = self._admit(request, call, client)
+        except (Refusal, ClientGone, Disconnected) as error:
+            clones.turn_away(call, error)
+            raise
+        try:
+            self.server.enter(self, Activity.WAITING)
             client.event.wait()
+            self.server.enter(self, Activity.BUSY)
             answer = clones.collect(job, client)
             if answer is None:
                 raise ClientGone
-            self.respond(request, *answer)
+            self._respond_whole(answer)
         finally:
             clones.leave(job, client)
 
+    def _admit(self, request: Request, call: CloneCall, client: Client) -> CloneJob:
+        """The clone's job in the queue. Raises Refusal and ClientGone."""
+        if request.length > MAX_CLONE_BODY:
+            raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
+        fields = self._outgoing_fields(request, REQUEST_DROP | {"content-length"})
+        fields.append(("Content-Length", str(max(request.length, 0))))
+        Outgoing(request.method, request.target, fields)  # before anybody waits for a clone that PVE would misread
+        self.server.clones.check_room(call)
+        credentials = [field for field in request.fields if field[0].lower() in ("authorization", "cookie")]
+        poll_fields = [self.server.backend.host_field, *credentials, ("X-Forwarded-For", self.forwarded_for)]
+        # Strangers must not fill the queue, nor the memory with a body. PVE takes 3 s to say 401, in this thread's time.
+        self._check_login(Outgoing("GET", "/api2/json/version", poll_fields), client)
+        body = self._clone_body(request)
+        fields[-1] = ("Content-Length", str(len(body)))
+        outgoing = Outgoing(request.method, request.target, fields, body)
+        call = call._replace(newid=newid_of(request.query(), body))
+        secrets = [request.values.get(name) for name in ("authorization", "cookie", "csrfpreventiontoken")]
+        key = hashlib.sha256(repr((request.target, secrets, body)).encode()).digest()
+        return self.server.clones.admit(CloneJob(call, outgoing, poll_fields, key, client))
+
+    def _check_login(self, login: Outgoing, client: Client) -> None:
+        """Raise LoginRefusal if PVE does not know a clone's credentials. Where PVE is away it is waited for, as in the
+        queue."""
+        end = time.monotonic() + self.server.settings.lock_timeout
+        while True:
+            over = time.monotonic() >= end
+            try:
+                answer = self.server.backend.exchange(login, self.server.silence, client.check)
+                if answer.status == 401 or (answer.status == 595 and over):
+                    raise LoginRefusal(answer)
+                if answer.status != 595:
+                    return
+            except Away:
+                if over:
+                    raise
+            client.check()
+            if self.server.draining.wait(LONGEST_RETRY):
+                raise Refusal(503, SHUTTING_DOWN, retry_after=5)
+
     def _clone_body(self, request: Request) -> bytes:
         """The whole body, which is small and must come within HEAD_SECONDS."""
-        if not request.length:
-            return b""
-        end = time.monotonic() + HEAD_SECONDS
         body = bytearray()
-        for piece in self._request_body(request, lambda: min(end, self.deadline())):
+        for piece in self.request_body(request, seconds=HEAD_SECONDS) if request.length else ():
             body += piece
             if len(body) > MAX_CLONE_BODY:
                 raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
         return bytes(body)
 
-    def _poll_fields(self, request: Request) -> bytes:
-        """The field lines with which this client's task is polled, and its login checked."""
-        credentials = b"".join(line for name, line in request.fields.lines if name in (b"authorization", b"cookie"))
-        forwarded_for = b"X-Forwarded-For: %b\r\n" % self.forwarded_for.encode()
-        return self.server.backend.host_line + credentials + forwarded_for
-
-    def _job(self, request: Request, call: CloneCall, body: bytes, poll_fields: bytes, client: Client) -> CloneJob:
-        fields = request.fields.end_to_end(_CLONE_DROP) + self._added_fields(request)
-        data = b"POST %b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n%b" % (request.target, fields, len(body), body)
-        credentials = [request.fields.values.get(name) for name in (b"authorization", b"cookie", b"csrfpreventiontoken")]
-        key = hashlib.sha256(repr((request.target, credentials, len(body))).encode())
-        key.update(body)
-        return CloneJob(call, data, poll_fields, key.digest(), client)
-
 
 # Server: listening, the number of connections, and the end of them all.
 
-MAX_CONNECTIONS = 512  # tunnels included
-SPARE_THREADS = 64  # for telling the clients beyond that there are too many
+MAX_CONNECTIONS = 512  # tunnels included, clients of waiting clones not
+CROWD_LINE_SECONDS = 10.0  # between two log lines that say so
 DRAIN_SECONDS = 30.0
+TOO_MANY = (
+    b"HTTP/1.1 503 too many connections\r\nRetry-After: 5\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    b'Content-Length: 47\r\n\r\n{"data":null,"message":"too many connections"}\n'
+)
 LISTEN_BACKLOG = 1024
-BUSY = 250  # relayed requests between two looks, above which the handlers are gathered on one CPU
 
 
 class ListenError(Exception):
     """An address can't be listened on."""
 
 
-def listen_on(address: tuple[str, int]) -> socket.socket:
-    """A listening socket; without a host on all addresses, IPv4 and IPv6 in one socket. Raises ListenError."""
+def resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """The one socket address to listen on: without a host all addresses, IPv4 and IPv6 in one. Raises OSError."""
     host, port = address
     everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    family, _, _, _, found = socket.getaddrinfo(host or everywhere, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return family, found
+
+
+def listen_on(address: tuple[str, int]) -> socket.socket:
+    """A listening socket. Raises ListenError."""
     try:
-        found = socket.getaddrinfo(host or everywhere, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, resolved = found[0]
-        both = resolved[0] == "::"
-        return socket.create_server(resolved, family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both)
+        family, found = resolve(address)
+        return socket.create_server(found, family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=found[0] == "::")
     except (OSError, ValueError) as error:
-        raise ListenError(f"cannot listen on {host}:{port}: {_reason(error)}") from None
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else reason_of(error)
+        raise ListenError(f"cannot listen on {host_port(*address)}: {reason}") from None
 
 
 def is_local(listener: socket.socket) -> bool:
@@ -2305,41 +2639,62 @@ def is_local(listener: socket.socket) -> bool:
 
 def address_text(listener: socket.socket) -> str:
     """HOST:PORT of a listening socket."""
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return host_port(*listener.getsockname()[:2])
 
 
-class ConnectionServer(http.server.ThreadingHTTPServer):
-    """Gives each connection a thread, at most MAX_CONNECTIONS of them.
+def server_tls(settings: Settings) -> ssl.SSLContext | None:
+    """The listener's certificate, TLS 1.2 or newer. Raises FlagError if it can't be loaded."""
+    if not settings.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    check_readable("tls-cert", settings.tls_cert)
+    check_readable("tls-key", settings.tls_key)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")  # never ask at the terminal
+    except (OSError, ValueError) as error:
+        raise FlagError(
+            f"flags -tls-cert {settings.tls_cert!r} and -tls-key {settings.tls_key!r}: {reason_of(error)}"
+        ) from None
+    return context
 
-    `_lock` guards `_handlers`, `_idle`, `_tunnels` and the counters. `_idle` holds, the oldest first, the handlers whose
-    connection has no request in hand: between two requests, or with a head that is not complete. When a connection too
-    many arrives, the oldest of them is ended in its favour: slow or silent clients can't keep others out.
+
+class ProxyServer(http.server.ThreadingHTTPServer):
+    """Gives each connection a thread, at most MAX_CONNECTIONS of them, and holds what their handlers share.
+
+    `_lock` guards the counters and `_activities`: what each connection does, in the order in which they began to do so.
+    When a connection too many arrives, the oldest without a request in hand is ended in its favour, or the slowest of those
+    that drip a body: slow or silent clients can't keep others out.
     """
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(
-        self,
-        listener: socket.socket,
-        handler: type[ConnectionHandler],
-        silence: float,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
-        """`silence` is the limit on that of a client in mid-request."""
-        super().__init__(listener.getsockname()[:2], handler, bind_and_activate=False)
+        self, listener: socket.socket, settings: Settings, backend: Backend, clones: CloneQueue,
+        reservations: Reservations, tls: ssl.SSLContext | None
+    ) -> None:  # fmt: skip
+        super().__init__(listener.getsockname()[:2], ProxyHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
-        self.silence = silence
+        self.settings = settings
+        self.silence = settings.request_timeout
+        self.backend = backend
+        self.clones = clones
+        self.reservations = reservations
         self.tls = tls
-        self.draining = False
+        self.draining = threading.Event()
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._handlers: set[ConnectionHandler] = set()
-        self._idle: dict[ConnectionHandler, None] = {}
-        self._tunnels: set[ConnectionHandler] = set()
-        self._connections = 0  # also those that are not yet, or no longer, in `_handlers`
+        self._closed = threading.Condition(self._lock)  # notified with each connection's end
+        self._activities: dict[ProxyHandler, Activity] = {}
+        self._connections = 0  # also those that are not yet, or no longer, in `_activities`
+        self._exempt = 0  # those of them that do not count: they wait for a clone, or have been ended
+        self._refused = 0
+        self._refusal_logged_at = -CROWD_LINE_SECONDS
+        self._relayed = [0] * 6  # by status class
+        self._backend_errors = 0
+
+    # The moments of a connection, as socketserver has them
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Without a free descriptor, wait a little: the listening socket stays readable and would spin."""
@@ -2352,144 +2707,95 @@ class ConnectionServer(http.server.ThreadingHTTPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Count a connection in, and refuse a thread to what is far beyond the limit."""
+        """Count a connection in; False if it is one too many, which is told so as far as that goes without waiting."""
         with self._lock:
             self._connections += 1
-            return self._connections <= MAX_CONNECTIONS + SPARE_THREADS
+            if self._connections - self._exempt <= MAX_CONNECTIONS or self._make_room():
+                return True
+            self._refused += 1
+            now = time.monotonic()
+            if now - self._refusal_logged_at >= CROWD_LINE_SECONDS:
+                self._refusal_logged_at = now
+                log.warning("TOO MANY CONNECTIONS: %d are open; %d have been refused so far", MAX_CONNECTIONS, self._refused)
+        if not self.tls:
+            with contextlib.suppress(OSError):
+                request.setblocking(False)
+                request.send(TOO_MANY)
+                request.recv(RECEIVE_SIZE)  # else the close would be a reset, which may overtake the answer
+        return False
 
     def shutdown_request(self, request: Any) -> None:
         """Count a connection out: it was refused or got no thread, or its handler is done."""
         super().shutdown_request(request)
         with self._lock:
             self._connections -= 1
-            self._changed.notify_all()
+            self._closed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What is left over when even a handler's own error handling failed."""
         log.exception("unexpected failure in a connection")
 
-    def register(self, handler: ConnectionHandler) -> bool:
-        """Note a new connection's handler; False if it is one too many."""
-        with self._lock:
-            self._handlers.add(handler)
-            if len(self._handlers) > MAX_CONNECTIONS:
-                oldest = next(iter(self._idle), None)
-                if oldest is None:
-                    return False
-                self._end_idle(oldest)
-            self._idle[handler] = None
-            return True
+    # What each connection does
 
-    def unregister(self, handler: ConnectionHandler) -> None:
-        """Forget the handler of a connection that is about to be closed."""
+    def join(self, handler: ProxyHandler) -> None:
+        """Note a new connection."""
         with self._lock:
-            self._handlers.discard(handler)
-            self._idle.pop(handler, None)
-            self._tunnels.discard(handler)
+            self._activities[handler] = Activity.IDLE
 
-    def _end_idle(self, handler: ConnectionHandler) -> None:
-        del self._idle[handler]
-        self._handlers.discard(handler)
+    def enter(self, handler: ProxyHandler, activity: Activity) -> bool:
+        """Note what a connection does from now on; False if it has been ended, or should end now."""
+        with self._lock:
+            before = self._activities.pop(handler, None)
+            if not before:
+                return False
+            self._activities[handler] = activity
+            self._exempt += (activity is Activity.WAITING) - (before is Activity.WAITING)
+            return not (self.draining.is_set() and activity in (Activity.IDLE, Activity.TUNNEL))
+
+    def leave(self, handler: ProxyHandler) -> None:
+        """Forget a connection that is about to be closed."""
+        with self._lock:
+            if self._activities.pop(handler, Activity.WAITING) is Activity.WAITING:
+                self._exempt -= 1
+
+    def _end(self, handler: ProxyHandler) -> None:
+        self._exempt += self._activities.pop(handler) is not Activity.WAITING
         handler.wake()
 
-    def enter_idle(self, handler: ConnectionHandler) -> bool:
-        """The connection waits for its next request; False if it should rather close."""
-        with self._lock:
-            if self.draining:
-                return False
-            self._idle[handler] = None
-            return True
+    def _make_room(self) -> bool:
+        """End a connection in favour of a new one; False if there is none that could be."""
+        idle = [handler for handler, activity in self._activities.items() if activity is Activity.IDLE]
+        slow = [handler for handler, activity in self._activities.items() if activity is Activity.READING]
+        slow = [handler for handler in slow if handler.paid_until < time.monotonic()]
+        if idle or slow:
+            self._end(idle[0] if idle else min(slow, key=lambda handler: handler.paid_until))
+        return bool(idle or slow)
 
-    def leave_idle(self, handler: ConnectionHandler) -> bool:
-        """A request is complete enough to be answered; False if the connection was ended meanwhile."""
-        with self._lock:
-            if handler not in self._idle:
-                return handler.crowded
-            del self._idle[handler]
-            return True
-
-    def begin_tunnel(self, handler: ConnectionHandler) -> bool:
-        """The connection has become a tunnel; False if it should rather close."""
-        with self._lock:
-            if self.draining:
-                return False
-            self._tunnels.add(handler)
-            return True
+    # The end
 
     def drain(self) -> None:
         """From now on connections close behind their answers. Idle ones and tunnels are ended at once; those on which
         a request has arrived, or that are too new to tell, are not."""
         with self._lock:
-            self.draining = True
-            for handler in list(self._idle):
-                if handler.answered and not handler.has_input():
-                    self._end_idle(handler)
-            for handler in self._tunnels:
-                handler.wake()
+            self.draining.set()
+            for handler, activity in list(self._activities.items()):
+                idle = activity is Activity.IDLE and handler.answered and not handler.has_input()
+                if idle or activity is Activity.TUNNEL:
+                    self._end(handler)
 
     def end_silent(self) -> None:
         """End the connections that still have no request in hand."""
         with self._lock:
-            for handler in list(self._idle):
-                self._end_idle(handler)
+            for handler, activity in list(self._activities.items()):
+                if activity is Activity.IDLE:
+                    self._end(handler)
 
     def wait_until_closed(self, deadline: float) -> bool:
         """Wait for all connections to close; False if some are left at the deadline."""
         with self._lock:
-            return self._changed.wait_for(lambda: not self._connections, max(0.0, deadline - time.monotonic()))
+            return self._closed.wait_for(lambda: not self._connections, max(0.0, deadline - time.monotonic()))
 
-
-def _bind(thread_id: int, cpus: set[int]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # not permitted, not offered, or taken from this process just now
-        os.sched_setaffinity(thread_id, cpus)
-
-
-class ProxyServer(ConnectionServer):
-    """The proxy's listener: what its handlers share. The base's `_lock` guards the counters."""
-
-    def __init__(
-        self,
-        listener: socket.socket,
-        settings: Settings,
-        backend: Backend,
-        clones: CloneQueue,
-        tls: ssl.SSLContext | None,
-    ) -> None:
-        super().__init__(listener, ProxyHandler, settings.request_timeout, tls)
-        self.settings = settings
-        self.backend = backend
-        self.clones = clones
-        self._relayed = [0] * 6  # by status class
-        self._relayed_before = 0  # their sum when `look_around` last looked
-        self._cpus: set[int] | None = None  # where the handlers run while they are gathered
-        self._backend_errors = 0
-
-    def register(self, handler: ConnectionHandler) -> bool:
-        """Note a new connection's handler; False if it is one too many."""
-        admitted = super().register(handler)
-        with self._lock:
-            if self._cpus:
-                _bind(handler.thread_id, self._cpus)
-        return admitted
-
-    def look_around(self) -> None:
-        """Gather the handlers on one CPU while many requests come in, and forget the heads when none do. To be called
-        twice a second, by a thread that the kernel runs where it likes: there they go.
-
-        One thread at a time can run Python, and handing the interpreter's lock to a thread on another CPU takes longer
-        than the work itself. With several busy connections, one CPU serves twice as many requests as two.
-        """
-        with self._lock:
-            relayed = sum(self._relayed)
-            if relayed == self._relayed_before:
-                forget_heads()
-            busy = relayed - self._relayed_before > BUSY and len(self._handlers) > 1
-            self._relayed_before = relayed
-            if busy == bool(self._cpus):
-                return
-            self._cpus = {ctypes.CDLL(None).sched_getcpu()} if busy else None
-            for handler in self._handlers:
-                _bind(handler.thread_id, self._cpus or os.sched_getaffinity(0))
+    # Counters
 
     def count_relayed(self, status: int) -> None:
         """A request was relayed to its end."""
@@ -2497,23 +2803,23 @@ class ProxyServer(ConnectionServer):
             self._relayed[min(status // 100, 5)] += 1
 
     def count_backend_error(self) -> None:
-        """The backend gave no answer to a relayed request."""
+        """The backend gave no (whole) answer to a relayed request."""
         with self._lock:
             self._backend_errors += 1
 
     def counters(self) -> dict[str, Any]:
-        """Requests by status class, backend errors, open tunnels and connections."""
+        """Requests by status class, backend errors, connections."""
         with self._lock:
-            relayed = {f"{status_class}xx": self._relayed[status_class] for status_class in range(1, 6)}
             return {
-                "relayed": relayed,
+                "relayed": {f"{status_class}xx": self._relayed[status_class] for status_class in range(1, 6)},
                 "backend_errors": self._backend_errors,
-                "tunnels": len(self._tunnels),
-                "connections": len(self._handlers),
+                "tunnels": sum(activity is Activity.TUNNEL for activity in self._activities.values()),
+                "connections": len(self._activities),
+                "refused_connections": self._refused,
             }
 
 
-# Operation: systemd, and the status listener. They look at the others; nothing depends on them.
+# Operation: systemd, the status page, metrics, -check. They look at the others; nothing depends on them.
 
 
 class Systemd:
@@ -2548,10 +2854,8 @@ class Systemd:
             return None
         listener = socket.socket(fileno=3)
         listener.set_inheritable(False)
-        host, port = address
         with contextlib.suppress(OSError):
-            wanted = {found[4][:2] for found in socket.getaddrinfo(host or None, port, flags=socket.AI_PASSIVE)}
-            if listener.getsockname()[:2] in wanted:
+            if listener.getsockname() == resolve(address)[1]:
                 return listener
         # Removal takes the manager a moment, and until then its copy would keep the port.
         with contextlib.suppress(OSError):
@@ -2561,257 +2865,372 @@ class Systemd:
         return None
 
 
-def status_line(snapshot: dict[str, Any]) -> str:
+def status_line(clones: CloneQueue, backend: Backend) -> str:
     """What the queue does, in one line."""
-    totals = snapshot["totals"]
-    running = snapshot["running"]
-    doing = "idle"
-    if running:
-        doing = f"cloning {running['node']}/{running['vmid']} for {running['clone_seconds']:.1f}s"
-    return f"{doing}, {len(snapshot['waiting'])} waiting; {totals['completed']} done, {totals['failed']} failed"
-
-
-def health(backend: BackendAddress) -> str:
-    """What is wrong, or "" if PVE's port answers. (The worker lives as long as the process: start_vital_thread.)"""
-    try:
-        socket.create_connection((backend.host, backend.port), HEALTH_SECONDS).close()
-    except OSError as error:
-        return f"{backend} can't be reached: {_reason(error)}"
-    return ""
+    running, seconds, waiting, totals = clones.counts()
+    problem = backend.problem()
+    doing = f"PVE unreachable for {problem[1]:.0f}s, " if problem else ""
+    doing += f"cloning {running.node}/{running.source} for {seconds:.1f}s" if running else "idle"
+    return f"{doing}, {waiting} waiting; {totals['completed']} done, {totals['failed']} failed"
 
 
 def metrics(snapshot: dict[str, Any]) -> str:
     """The Prometheus text format of a snapshot."""
-    lines: list[str] = []
-
-    def family(name: str, kind: str, text: str, samples: dict[str, float]) -> None:
-        name = f"pve_clone_queue_{name}"
-        lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
-        lines.extend(f"{name}{labels} {value!r}" for labels, value in samples.items())
-
-    totals = snapshot["totals"]
-    family("queued", "gauge", "Clones that wait.", {"": len(snapshot["waiting"])})
-    family("running", "gauge", "Clones that run.", {"": int(snapshot["running"] is not None)})
-    outcomes = {f'{{outcome="{name}"}}': totals[name] for name in ("completed", "failed", "rejected", "abandoned")}
-    family("clones_total", "counter", "Clones by outcome.", outcomes)
-    family("lock_retries_total", "counter", "Tries put off since a lock was held elsewhere.",
-           {"": totals["lock_retries"]})  # fmt: skip
-    for name, text in (("wait", "Time in the queue."), ("clone", "Time from a clone's start to its end.")):
-        samples = {"_sum": snapshot[f"{name}_seconds"]["sum"], "_count": snapshot["ended"]}
-        family(f"{name}_seconds", "summary", text, samples)
+    totals, waits, runs = snapshot["totals"], snapshot["wait_seconds"], snapshot["clone_seconds"]
+    outcomes = {f'{{outcome="{outcome}"}}': totals[outcome] for outcome in OUTCOMES}
     relayed = {f'{{status="{name}"}}': count for name, count in snapshot["relayed"].items()}
-    family("relayed_requests_total", "counter", "Relayed requests by status class.", relayed)
-    family("backend_errors_total", "counter", "Relayed requests that the backend did not answer.",
-           {"": snapshot["backend_errors"]})  # fmt: skip
-    family("open_tunnels", "gauge", "Open WebSockets.", {"": snapshot["tunnels"]})
-    family("connections", "gauge", "Open client connections.", {"": snapshot["connections"]})
+    families: list[tuple[str, str, str, Any]] = [
+        ("build_info", "gauge", "The version that runs.", {f'{{version="{VERSION}"}}': 1}),
+        ("backend_up", "gauge", "Whether PVE can be reached.", int(not snapshot["problem"])),
+        ("queued", "gauge", "Clones that wait.", len(snapshot["waiting"])),
+        ("queue_limit", "gauge", "Clones that may wait.", snapshot["queue_size"]),
+        ("oldest_wait_seconds", "gauge", "Time that the oldest waiting clone has waited.", waits["oldest"]),
+        ("running", "gauge", "Clones that run.", int(snapshot["running"] is not None)),
+        ("clones_total", "counter", "Clones by outcome.", outcomes),
+        ("lock_retries_total", "counter", "Tries put off: a lock held elsewhere, or PVE away.", totals["lock_retries"]),
+        ("wait_seconds", "summary", "Time in the queue.", {"_sum": waits["sum"], "_count": waits["count"]}),
+        ("clone_seconds", "summary", "Time of tasks that ran.", {"_sum": runs["sum"], "_count": runs["count"]}),
+        ("relayed_requests_total", "counter", "Relayed requests by status class.", relayed),
+        ("backend_errors_total", "counter", "Relayed requests without a whole answer.", snapshot["backend_errors"]),
+        ("open_tunnels", "gauge", "Open WebSockets.", snapshot["tunnels"]),
+        ("connections", "gauge", "Open client connections.", snapshot["connections"]),
+        ("refused_connections_total", "counter", "Connections too many.", snapshot["refused_connections"]),
+    ]
+    lines: list[str] = []
+    for name, kind, text, samples in families:
+        name = f"pve_clone_queue_{name}"
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{labels} {value}" for labels, value in (samples if isinstance(samples, dict) else {"": samples}).items()]
     return "\n".join(lines) + "\n"
 
 
 STATUS_STYLE = """
-:root { color-scheme: light dark; --ground: #f6f6f4; --card: #fff; --ink: #1d1f21; --faint: #6b7075; --line: #dfe1e3;
-  --wait: #c3c8cd; --completed: #2e9e5b; --failed: #d23f3f; --abandoned: #c98a1b; --running: #2f74d0; }
-@media (prefers-color-scheme: dark) { :root { --ground: #15171a; --card: #1e2125; --ink: #e8e9ea; --faint: #9aa1a8;
-  --line: #33383d; --wait: #4a5158; --completed: #43b975; --failed: #ee6464; --abandoned: #e0a83c; --running: #5b9bf0; } }
-* { box-sizing: border-box }
-body { margin: 0; padding: 1.5rem 1rem 3rem; background: var(--ground); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif }
-main { max-width: 60rem; margin: auto; display: grid; gap: 1rem }
-header { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: baseline; justify-content: space-between }
-h1 { font-size: 1.2rem; margin: 0 } h2 { font-size: .95rem; margin: 0 0 .6rem } .faint { color: var(--faint) }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem }
-#tiles { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)) }
-#tiles b { display: block; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums }
-#running { font-size: 1.1rem; overflow-wrap: anywhere } #running b { color: var(--running) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100% }
-td, th { text-align: left; padding: .3rem .8rem .3rem 0; border-top: 1px solid var(--line); white-space: nowrap;
-  font-variant-numeric: tabular-nums } th { border: 0; font-weight: 500; color: var(--faint) }
-svg { width: 100%; height: auto; display: block } svg text { fill: var(--faint); font-size: 11px }
-.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin-top: .6rem; font-size: .85rem }
-.key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em }
-.gone { color: var(--failed) }
+/* The browser's black on white or white on black, and colours that can be read on both. */
+:root { color-scheme: light dark; --line: #8884 } .faint { color: #7b7b7b } #sentence { font-size: 1.15rem }
+body { max-width: 80rem; margin: auto; padding: 1em; font: 14px/1.4 system-ui, sans-serif; overflow-wrap: break-word }
+h1, h2, p, ul { margin: .5rem 0; padding: 0 } h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin-top: 1.8rem }
+li { display: block; margin: .5rem 0; padding: .5rem; border: solid var(--tone); border-width: 1px 1px 1px 6px }
+/* A row has the client below the clone, and a bar at its right; in a narrow window its parts flow like words. */
+table, thead, tbody { display: block } tbody:empty::after { content: "None." } td { padding: 0; min-width: 0 }
+tr { display: grid; grid-template-columns: 5.2rem 9.6rem minmax(0, 1fr) 11rem 22rem; gap: 0 .8rem;
+  padding: .3rem 0; border-bottom: 1px solid var(--line) }
+.at { grid-area: 1 / 1 / 3 / 2 } .who { grid-area: 2 / 2 / 3 / 5; font-size: .85em }
+.bar { grid-area: 1 / 5 / 3 / 6; display: flex; justify-content: flex-end; align-items: center; overflow: hidden;
+  padding: 0; min-height: 1.4rem; background: repeating-linear-gradient(90deg, var(--line) 0 1px, #0000 1px 25%) }
+.bar i { flex: none; height: 12px } .bar span { flex: 0 0 25%; text-indent: .3rem; font-weight: normal }
+@media (max-width: 64rem) { tr { display: flex; flex-wrap: wrap } .who, .bar { flex: 0 0 100% } }
+/* Red is failed, green completed, blue running; whatever else becomes of a clone is amber. */
+tr, .held { --tone: #ad6f14 } li, .failed { --tone: #de4545 } .completed { --tone: #25884f }
+.running { --tone: #3a7bdb } .waiting { --tone: initial } .state { color: var(--tone) }
+.wait { background: #999 } .run { background: var(--tone, #999); min-width: 4px }
 """
 STATUS_SCRIPT = """
-const $ = id => document.getElementById(id), SVG = 'http://www.w3.org/2000/svg';
-const seconds = s => s < 60 ? s.toFixed(1) + ' s' : s < 3600 ? Math.floor(s / 60) + ' m ' + Math.floor(s % 60) + ' s'
-  : Math.floor(s / 3600) + ' h ' + Math.floor(s % 3600 / 60) + ' m';
-const make = (name, text) => { const e = document.createElement(name); e.textContent = text; return e; };
-const label = j => j.node + '/' + j.vmid + (j.newid ? ' \\u2192 ' + j.newid : '') + (j.kind == 'qemu' ? ' (VM)' : '');
-const set = (id, text) => { if ($(id).textContent != text) $(id).textContent = text; };
-function picture(jobs) {
-  const width = Math.max(260, $('chart').clientWidth - 34), row = 9, left = 34, height = Math.max(jobs.length, 1) * row;
-  const longest = Math.max(1, ...jobs.map(j => j.waited_seconds + j.clone_seconds));
-  const scale = (width - left - 8) / longest, out = [];
-  const add = (name, attributes, parent) => { const e = document.createElementNS(SVG, name);
-    for (const a in attributes) e.setAttribute(a, attributes[a]); (parent ? parent.append(e) : out.push(e)); return e; };
-  const step = [1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600].find(s => longest / s <= width / 80) || longest / 4;
-  for (let t = 0; t <= longest; t += step) {
-    add('line', {x1: left + t * scale, x2: left + t * scale, y1: 0, y2: height, stroke: 'var(--line)'});
-    add('text', {x: left + t * scale, y: height + 13, 'text-anchor': 'middle'}).textContent =
-      t < 60 ? t + ' s' : +(t / 60).toFixed(1) + ' m'; }
-  jobs.forEach((j, i) => {
-    const g = add('g', {}), y = i * row + 1, w = j.waited_seconds * scale;
-    add('title', {}, g).textContent = label(j) + ': ' + (j.outcome || 'running') + ', waited ' +
-      seconds(j.waited_seconds) + ', ran ' + seconds(j.clone_seconds);
-    add('rect', {x: left, y, width: Math.max(w, .5), height: row - 2, rx: 1.5, fill: 'var(--wait)'}, g);
-    const known = ['completed', 'failed', 'abandoned'].includes(j.outcome) ? j.outcome : j.outcome ? 'wait' : 'running';
-    add('rect', {x: left + w, y, width: Math.max(j.clone_seconds * scale, 1.5), height: row - 2, rx: 1.5,
-      fill: 'var(--' + known + ')'}, g);
-    add('text', {x: left - 4, y: y + row - 3, 'text-anchor': 'end', style: 'font-size:8px'}, g).textContent =
-      j.newid || j.vmid; });
-  $('picture').setAttribute('viewBox', '0 0 ' + width + ' ' + (height + 18));
-  $('picture').replaceChildren(...out);
+const $ = id => document.getElementById(id), FIRST = 10;  // so many of those that wait are shown
+const WORDS = {locked: 'source locked', taken: 'VMID taken', away: 'PVE away', rejected: 'refused'};
+let latest = null, lost = 0;  // what status.json said last; since when it says nothing
+function make(tag, className, ...content) {  // of elements and of texts, which are never read as HTML
+  const element = Object.assign(document.createElement(tag), {className});
+  element.append(...content);
+  return element;
+}
+const date = t => new Date(t * 1000).toLocaleString('sv');  // 2026-11-27 08:18:30, as Sweden writes it
+const clock = t => date(t).replace(date(Date.now() / 1000).slice(0, 11), '');  // without the day if it is today
+const period = s => s < 600 ? s.toFixed(s < 10 ? 1 : 0) + ' s'
+  : s < 7200 ? Math.round(s / 60) + ' min' : Math.round(s / 3600) + ' h';
+const source = job => job.node + '/' + job.vmid;
+const label = job => source(job) + (job.newid && ' → ' + job.newid) + (job.kind == 'qemu' ? ' (VM)' : '');
+const fate = job => job.outcome || job.stage;
+const state = job => (WORDS[fate(job)] || fate(job)) + (job.text && job.text != 'OK' ? ': ' + job.text : '') +
+  (job.gives_up_in ? '; gives up in ' + period(job.gives_up_in) : '') + (job.client == 'left' ? '; client left' : '');
+function alarms(s) {
+  const found = [], held = {}, r = s.running, stuck = s.problem ? [] : s.waiting.filter(job => job.gives_up_in);
+  const add = (name, headline, text) => found.push(make('li', name, make('b', '', headline), ' ' + text));
+  if (lost) add('lost', 'The proxy does not answer', `since ${clock(lost)}; what follows is older.`);
+  if (s.problem) add('away', 'PVE is unreachable', `since ${clock(s.now - s.problem.seconds)}: ${s.problem.text}`);
+  if (s.waiting.length >= s.queue_size) add('full', 'The queue is full', 'and further clones are refused.');
+  if (r && r.clone_seconds > s.task_timeout) add('late', label(r) + ' is beyond -task-timeout:', r.upid);
+  for (const job of stuck) (held[`${source(job)}: ${job.text};`] ||= []).push(job.gives_up_in);
+  for (const [headline, times] of Object.entries(held))
+    add('held', headline, `${times.length} waiting, the last gives up in ${period(Math.max(...times))}.`);
+  return found;
+}
+function tables(s) {
+  const newest = s.history.slice().reverse(), queue = [s.running, ...s.waiting.slice(0, FIRST)].filter(Boolean);
+  const ended = newest.filter(job => !$('wrong').checked || job.outcome != 'completed');
+  // One axis for all bars, up to now or to the last end, for the longest stay of the queue and of the ten newest.
+  const end = queue.length || !newest.length ? s.now : newest[0].ended;
+  const span = Math.max(10, ...queue.concat(newest.slice(0, 10)).map(job => job.waited_seconds + job.clone_seconds));
+  for (const axis of document.querySelectorAll('th'))
+    axis.replaceChildren(...[1, .75, .5, .25].map(part => make('span', 'faint', clock(end - span * part))));
+  const part = (name, t) => Object.assign(make('i', name), {style: `width: ${100 * t / span}%`});
+  const row = (job, first) => make('tr', fate(job), make('td', 'at faint', first), make('td', '', label(job)),
+    make('td', 'state', state(job)), make('td', '', 'waited ' + period(job.waited_seconds) +
+      (job.clone_seconds ? (job.ended ? ', ran ' : ', runs ') + period(job.clone_seconds) : '')),
+    make('td', 'who faint', [job.user, job.address, job.upid].filter(Boolean).join(' · ')), make('td', 'bar',
+      part('wait', job.waited_seconds), part('run', job.clone_seconds), part('', job.ended ? end - job.ended : 0)));
+  $('queue').replaceChildren(...queue.map((job, i) => row(job, job == s.running ? 'now' : s.running ? i : i + 1)));
+  $('ended').replaceChildren(...ended.map(job => row(job, clock(job.ended))));
 }
 function show(s) {
-  set('completed', s.totals.completed); set('failed', s.totals.failed); set('waiting', s.waiting.length);
-  set('median', seconds(s.clone_seconds.median)); set('medianwait', seconds(s.wait_seconds.median));
-  set('others', s.totals.rejected + ' / ' + s.totals.abandoned);
-  const r = s.running;
-  if (r) { $('running').replaceChildren(make('b', label(r)), ' for ' + seconds(r.clone_seconds),
-    make('span', (r.user ? ' \\u00b7 ' + r.user : '') + (r.client == 'left' ? ' \\u00b7 its client has left' : ''))); }
-  else set('running', 'No clone runs.');
-  $('queue').replaceChildren(...s.waiting.map((j, i) => { const tr = make('tr', '');
-    tr.append(...[i + 1, label(j), seconds(j.waited_seconds + j.clone_seconds), j.stage == 'parked' ? 'source locked' :
-      j.client == 'left' ? 'client left' : 'waiting', j.user].map(t => make('td', t))); return tr; }));
-  $('waitingtable').hidden = !s.waiting.length; $('nobody').hidden = !!s.waiting.length;
-  const all = s.history.concat(r ? [r] : []).slice(-50);
-  $('picture').style.display = all.length ? '' : 'none'; $('nothing').hidden = !!all.length; picture(all);
-  set('relay', 'up ' + seconds(s.uptime_seconds) + ' \\u00b7 ' + Object.values(s.relayed).reduce((a, b) => a + b, 0) +
-    ' requests relayed \\u00b7 ' + s.connections + ' connections \\u00b7 ' + s.tunnels + ' consoles \\u00b7 ' +
-    s.backend_errors + ' backend errors'); }
+  const found = alarms(s), r = s.running, n = s.waiting.length, t = s.totals, median = s.clone_seconds.median;
+  document.title = (found.length ? '! ' : '') + (r || n ? `${r ? 1 : 0}+${n} ` : '') + 'PVE clone queue';
+  $('name').textContent = 'PVE clone queue on ' + s.host;
+  $('about').textContent = `version ${s.version}, PVE at ${s.backend}, up ${period(s.uptime_seconds)}`;
+  $('alarms').replaceChildren(...found);
+  const foreseen = n && median && found.every(alarm => alarm.className == 'full');
+  $('sentence').textContent = (r ? `Cloning ${label(r)} for ${period(r.clone_seconds)}; ` : 'No clone runs; ') +
+    `${n} of ${s.queue_size} wait` + (foreseen ? `, about ${period(median * (n + 1))} until the last is done.` : '.');
+  $('counts').textContent = `Since ${clock(s.now - s.uptime_seconds)}: ${t.completed} done, ${t.failed} failed, ` +
+    `refused ${t.taken} (VMID taken), ${t.rejected} (queue full), ${t.refused} (login); ${t.abandoned} left` +
+    (median ? `; the median clone takes ${period(median)}.` : '.');
+  $('more').textContent = n > FIRST ? `and ${n - FIRST} more` : '';
+  if (getSelection().isCollapsed) tables(s);  // what is marked, say to be copied, stays
+}
 async function refresh() {
-  try { show(await (await fetch('status.json', {cache: 'no-store'})).json()); $('lost').hidden = true; }
-  catch (error) { $('lost').hidden = false; }
-  setTimeout(refresh, document.hidden ? 5000 : 1000); }
+  const fresh = await fetch('status.json', {signal: AbortSignal.timeout(5000)}).then(r => r.json()).catch(() => null);
+  latest = fresh || latest;
+  lost = fresh ? 0 : lost || Date.now() / 1000;
+  setTimeout(refresh, document.hidden ? 5000 : 1000);
+  if (latest) show(latest);
+}
+$('wrong').addEventListener('change', () => latest && show(latest));
 refresh();
 """
-STATUS_PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>PVE clone queue</title>
-<link rel="icon" href="data:,"><style>{STATUS_STYLE}</style></head><body><main>
-<header><h1>PVE clone queue</h1><span class="faint" id="relay"></span>
-<span class="gone" id="lost" hidden>The proxy does not answer.</span></header>
-<section id="tiles"><span>completed<b id="completed">0</b></span><span>failed<b id="failed">0</b></span>
-<span>waiting<b id="waiting">0</b></span><span>median clone<b id="median">-</b></span>
-<span>median wait<b id="medianwait">-</b></span><span>rejected / left<b id="others">-</b></span></section>
-<section><h2>Running</h2><div id="running">No clone runs.</div></section>
-<section><h2>Waiting</h2><div id="nobody" class="faint">Nobody waits.</div><div class="scroll"><table id="waitingtable"
-hidden><thead><tr><th>#</th><th>clone</th><th>for</th><th></th><th>user</th></tr></thead><tbody id="queue"></tbody>
-</table></div></section>
-<section id="chart"><h2>The last {HISTORY} clones</h2><div id="nothing" class="faint">None yet.</div>
-<svg id="picture" role="img" aria-label="A bar for each clone: grey while it waited, coloured while it ran"></svg>
-<div class="key"><span><i style="background:var(--wait)"></i>waited</span>
-<span><i style="background:var(--running)"></i>running</span>
-<span><i style="background:var(--completed)"></i>completed</span>
-<span><i style="background:var(--failed)"></i>failed</span>
-<span><i style="background:var(--abandoned)"></i>client left</span></div></section>
-<noscript>This page needs JavaScript; the same data is at status.json.</noscript>
-</main><script>{STATUS_SCRIPT}</script></body></html>
+STATUS_PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PVE clone queue</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>{STATUS_STYLE}</style></head><body><h1 id="name">PVE clone queue</h1><p class="faint" id="about"></p>
+<ul id="alarms"></ul><p id="sentence">The proxy has not answered yet.</p><p class="faint" id="counts"></p>
+<h2>Queue</h2><table><thead><tr><th class="bar"></th></tr></thead><tbody id="queue"></tbody></table>
+<p class="faint" id="more"></p><h2>Ended</h2><label><input type="checkbox" id="wrong"> only what went wrong</label>
+<table><thead><tr><th class="bar"></th></tr></thead><tbody id="ended"></tbody></table>
+<noscript>Without JavaScript, see status.json.</noscript><script>{STATUS_SCRIPT}</script></body></html>
 """
 _SCRIPT_HASH = base64.b64encode(hashlib.sha256(STATUS_SCRIPT.encode()).digest()).decode()
 STATUS_POLICY = (
     f"default-src 'none'; script-src 'sha256-{_SCRIPT_HASH}'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HEALTH_SECONDS = 3.0
 
 
-class StatusServer(ConnectionServer):
+class StatusServer(http.server.ThreadingHTTPServer):
     """The listener of -status-listen."""
 
+    daemon_threads = True
+
     def __init__(self, listener: socket.socket, proxy: ProxyServer) -> None:
-        super().__init__(listener, StatusHandler, proxy.silence)
+        super().__init__(listener.getsockname()[:2], StatusHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
         self.proxy = proxy
         self._started_at = time.monotonic()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader that breaks off is no news."""
+        log.debug("a connection to the status page ended: %s", sys.exc_info()[1])
+
     def snapshot(self) -> dict[str, Any]:
         """The queue's and the proxy's figures."""
-        uptime = round(time.monotonic() - self._started_at, 1)
-        return {"version": VERSION, "uptime_seconds": uptime, **self.proxy.clones.snapshot(), **self.proxy.counters()}
+        settings = self.proxy.settings
+        problem = self.proxy.backend.problem()
+        return {
+            "version": VERSION,
+            "host": socket.gethostname(),
+            "now": round(time.time(), 3),
+            "backend": str(settings.backend),
+            "problem": {"text": problem[0], "seconds": round(problem[1], 1)} if problem else None,
+            "task_timeout": settings.task_timeout,
+            "uptime_seconds": round(time.monotonic() - self._started_at, 1),
+            **self.proxy.clones.snapshot(),
+            **self.proxy.counters(),
+        }
+
+    def health(self) -> str:
+        """What is wrong, or "" if PVE can be reached. (The worker lives as long as the process: start_vital_thread.)"""
+        self.proxy.backend.look()
+        problem = self.proxy.backend.problem()
+        return f"{self.proxy.settings.backend} can't be reached: {problem[0]}" if problem else ""
 
 
-class StatusHandler(ConnectionHandler):
-    """Answers `/`, `/status.json`, `/metrics` and `/healthz`."""
+class StatusHandler(http.server.BaseHTTPRequestHandler):
+    """Answers `/`, `/status.json`, `/metrics` and `/healthz`, and closes."""
 
     server: StatusServer
+    timeout = 10.0
 
-    def answer(self, request: Request) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests of the page are not logged."""
+
+    def do_GET(self) -> None:
         """Answer a GET or HEAD."""
-        if request.method not in (b"GET", b"HEAD") or request.length:
-            raise Refusal(405, "only GET is offered here")
-        path = request.target.partition(b"?")[0]
-        status = 200
-        if path == b"/":
-            kind, text = "text/html;charset=UTF-8", STATUS_PAGE
-        elif path == b"/status.json":
-            kind, text = "application/json", json.dumps(self.server.snapshot())
-        elif path == b"/metrics":
-            kind, text = "text/plain; version=0.0.4; charset=utf-8", metrics(self.server.snapshot())
-        elif path == b"/healthz":
-            problem = health(self.server.proxy.backend.address)
-            status = 503 if problem else 200
-            kind, text = "text/plain;charset=UTF-8", (problem or "ok") + "\n"
+        path = self.path.partition("?")[0]
+        if path == "/":
+            self._send("text/html;charset=UTF-8", STATUS_PAGE)
+        elif path == "/status.json":
+            self._send("application/json", json.dumps(self.server.snapshot()))
+        elif path == "/metrics":
+            self._send("text/plain; version=0.0.4; charset=utf-8", metrics(self.server.snapshot()))
+        elif path == "/healthz":
+            problem = self.server.health()
+            self._send("text/plain;charset=UTF-8", (problem or "ok") + "\n", 503 if problem else 200)
         else:
-            raise Refusal(404, "there is no such page")
+            self.send_error(404, "there is no such page")
+
+    do_HEAD = do_GET
+
+    def _send(self, kind: str, text: str, status: int = 200) -> None:
         body = text.encode()
-        head = (
-            f"HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
-            "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-            f"Content-Security-Policy: {STATUS_POLICY}\r\n"
-        )
-        response = Response(head.encode(), request.method)
-        self.respond(request, response, b"" if request.method == b"HEAD" else body)
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Content-Security-Policy", STATUS_POLICY)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _check_certificate(settings: Settings) -> str:
+    if not server_tls(settings):
+        return "none: the listener speaks plain HTTP"
+    with open(settings.tls_cert) as file:
+        certificate = re.search("-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----", file.read())
+    der = ssl.PEM_cert_to_DER_cert(certificate[0]) if certificate else b""
+    # RFC 5280 4.1.2.5: the second time in a certificate is its notAfter, with a year of two digits or four.
+    times = re.findall(rb"\x17\x0d([0-9]{12}Z)|\x18\x0f([0-9]{14}Z)", der)
+    text = ("20" + times[1][0].decode() if times[1][0] else times[1][1].decode()) if len(times) > 1 else ""
+    days = (calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")) - time.time()) / 86400 if text else 0
+    if days < 0:
+        raise FlagError(f"{settings.tls_cert} has expired; renew it, then restart the service")
+    return f"{settings.tls_cert} and its key fit, valid for {days:.0f} days more"
+
+
+def _holder(port: int) -> str:
+    """Says which process of this program's name listens on a port of this host; "" if none is seen to."""
+    tables = [line.split() for name in ("tcp", "tcp6") for line in _lines(f"/proc/net/{name}")]
+    inodes = {f"socket:[{row[9]}]" for row in tables if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            process = link.split("/")[2]
+            if os.readlink(link) in inodes and PROGRAM in "".join(_lines(f"/proc/{process}/cmdline")):
+                return f"in use by {PROGRAM}, which runs as process {process}"
+    return ""
+
+
+def _lines(path: str) -> list[str]:
+    with contextlib.suppress(OSError), open(path, errors="replace") as file:
+        return file.readlines()
+    return []
+
+
+def _check_listen(address: tuple[str, int] | None) -> str:
+    if not address:
+        return "off"
+    try:
+        listen_on(address).close()
+    except ListenError:
+        if holder := _holder(address[1]):
+            return f"{host_port(*address)} is {holder}"
+        raise
+    return f"{host_port(*address)} can be listened on"
+
+
+def _check_pve(settings: Settings) -> str:
+    backend = Backend(settings)
+    answer = backend.exchange(Outgoing("GET", "/api2/json/access/domains", [backend.host_field]), settings.request_timeout)
+    if answer.status != 200:
+        raise BackendError(502, f"{settings.backend} answers {answer} to GET /api2/json/access/domains: is it PVE's API?")
+    verified = "not verified (-insecure)" if settings.insecure else "verified"
+    return f"{settings.backend} answers" + (f", its certificate {verified}" if backend.context else "")
+
+
+def _check_proc(_: Settings) -> str:
+    if os.path.exists("/proc/1/stat"):
+        return "the processes of tasks on this host are seen, and so is their end"
+    return "/proc shows no processes of other users: the end of tasks is seen by polling only"
+
+
+def check(settings: Settings) -> int:
+    """Do all that a start does without serving, and say a line for each: 0 if nothing failed, or 1."""
+    checks: list[tuple[str, Callable[[Settings], str]]] = [
+        ("flags", lambda settings: "understood"),
+        ("certificate", _check_certificate),
+        ("-listen", lambda settings: _check_listen(settings.listen)),
+        ("-status-listen", lambda settings: _check_listen(settings.status_listen)),
+        ("PVE", _check_pve),
+        ("tasks", _check_proc),
+    ]
+    failed = 0
+    for name, look in checks:
+        try:
+            print(f"ok    {name}: {look(settings)}")
+        except (FlagError, ListenError, BackendError) as error:
+            failed += 1
+            print(f"FAIL  {name}: {error}")
+    return int(failed > 0)
 
 
 # main
 
-
-class _LogFormatter(logging.Formatter):
-    """For the journal its priority, otherwise a timestamp in the form of Go's log package."""
-
-    PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-
-    def __init__(self, journal: bool) -> None:
-        super().__init__("%(message)s" if journal else "%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S")
-        self._journal = journal
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if not self._journal:
-            return text
-        priority = next((number for level, number in self.PRIORITIES if record.levelno >= level), 7)
-        return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+LOG_LINES = 10_000  # that may wait to be written; more are dropped, counted, and told of
+LOG_FLUSH_SECONDS = 1.0
 
 
-def set_up_log() -> None:
+class _LogQueue(logging.handlers.QueueHandler):
+    """Hands lines to the thread that writes them: where nobody reads stderr, only that one waits."""
+
+    def __init__(self, lines: queue.Queue[Any]) -> None:
+        super().__init__(lines)
+        self._dropped = 0  # guarded by the handler's own lock, which `handle` holds
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Called by `handle`; never waits."""
+        try:
+            if self._dropped:
+                told = logging.LogRecord(PROGRAM, logging.WARNING, "", 0, f"LOG: {self._dropped} lines were dropped", None, None)
+                self.queue.put_nowait(told)
+                self._dropped = 0
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+
+
+class _LogWriter(logging.handlers.QueueListener):
+    """The thread that writes lines to stderr."""
+
+    def __init__(self, lines: queue.Queue[Any], handler: logging.Handler) -> None:
+        super().__init__(lines, handler)
+        self.lines = lines
+
+    def enqueue_sentinel(self) -> None:
+        """Called by `stop`; waits for room, other than the base's."""
+        self.lines.put(None)
+
+    def flush(self) -> None:
+        """Write what is left, but do not wait for a reader who does not read."""
+        stopper = threading.Thread(target=self.stop, daemon=True)
+        stopper.start()
+        stopper.join(LOG_FLUSH_SECONDS)
+
+
+def set_up_log() -> _LogWriter:
     """Log to stderr."""
     logging.raiseExceptions = False  # a broken stderr is no reason to fail, or to complain to it
+    for level, priority in ((logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
+        logging.addLevelName(level, f"<{priority}>")
+    # For the journal its priority, otherwise a timestamp in the form of Go's log package.
+    form = "%(levelname)s%(message)s" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s %(message)s"
     handler = logging.StreamHandler()
-    handler.setFormatter(_LogFormatter(bool(os.environ.get("JOURNAL_STREAM"))))
-    log.addHandler(handler)
+    handler.setFormatter(logging.Formatter(form, "%Y/%m/%d %H:%M:%S"))
+    lines: queue.Queue[Any] = queue.Queue(LOG_LINES)
+    log.addHandler(_LogQueue(lines))
     log.setLevel(logging.INFO)
+    writer = _LogWriter(lines, handler)
+    writer.start()
+    return writer
 
 
-def server_tls(settings: Settings) -> ssl.SSLContext | None:
-    """The listener's certificate, TLS 1.2 or newer. Raises FlagError if it can't be loaded."""
-    if not settings.tls_cert:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    for name, path in (("tls-cert", settings.tls_cert), ("tls-key", settings.tls_key)):
-        try:
-            open(path, "rb").close()
-        except OSError as error:
-            raise FlagError(f"invalid value {path!r} for flag -{name}: {_reason(error)}") from None
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")  # never ask at the terminal
-    except (OSError, ValueError) as error:
-        raise FlagError(
-            f"flags -tls-cert {settings.tls_cert!r} and -tls-key {settings.tls_key!r}: {printable(str(error))}"
-        ) from None
-    return context
-
-
-def start_vital_thread(name: str, run: Callable[[], object], daemon: bool = True) -> None:
+def start_vital_thread(name: str, run: Callable[[], object]) -> None:
     """Start a thread without which the program is useless: if it fails, the process ends, to be started anew."""
 
     def live() -> None:
@@ -2819,38 +3238,31 @@ def start_vital_thread(name: str, run: Callable[[], object], daemon: bool = True
             run()
         except BaseException:
             log.exception("the %s thread failed", name)
+            time.sleep(LOG_FLUSH_SECONDS)
             os._exit(1)
 
-    threading.Thread(target=live, name=name, daemon=daemon).start()
+    threading.Thread(target=live, name=name, daemon=True).start()
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-HOUSEKEEPING_SECONDS = 0.5
+HOUSEKEEPING_SECONDS = 0.25
 SHUTDOWN_POLL_SECONDS = 0.1  # how often the accepting thread looks whether it should end
 
 
-def serve(settings: Settings, server: ProxyServer, status: StatusServer | None, systemd: Systemd) -> None:
-    """Run until SIGTERM or SIGINT. SIGHUP loads the listener's certificate anew."""
-    clones = server.clones
-    start_vital_thread("clone worker", clones.run)
+def serve(server: ProxyServer, worker: CloneWorker, status: StatusServer | None, systemd: Systemd) -> None:
+    """Run until SIGTERM or SIGINT. (SIGHUP is ignored: a restart refuses nobody.)"""
+    start_vital_thread("clone worker", worker.run)
     start_vital_thread("accept", lambda: server.serve_forever(SHUTDOWN_POLL_SECONDS))
     if status:
-        start_vital_thread("status", status.serve_forever)
+        threading.Thread(target=status.serve_forever, name="status", daemon=True).start()
+    threading.Thread(target=server.backend.look, name="look", daemon=True).start()
     systemd.send("READY=1")
-    while True:
+    received = None
+    while not received or received.si_signo == signal.SIGHUP:
         received = signal.sigtimedwait(SIGNALS, HOUSEKEEPING_SECONDS)
-        if received and received.si_signo != signal.SIGHUP:
-            return
-        if received and settings.tls_cert:
-            try:
-                server.tls = server_tls(settings)
-                log.info("certificate loaded anew")
-            except FlagError as error:
-                log.error("certificate not loaded anew: %s", error)
         server.backend.prune()
-        server.look_around()
-        clones.look_around()
-        systemd.status(status_line(clones.snapshot()))
+        server.clones.look_around()
+        systemd.status(status_line(server.clones, server.backend))
 
 
 def stop(server: ProxyServer, systemd: Systemd) -> None:
@@ -2871,31 +3283,42 @@ def stop(server: ProxyServer, systemd: Systemd) -> None:
     server.wait_until_closed(time.monotonic() + 2)
 
 
-def main(arguments: list[str]) -> int:
-    """Run the program; its exit status: 0 after a signal, 1 if it can't listen, 2 for a wrong flag."""
-    for argument in arguments:
-        if re.fullmatch("--?(h|help|version)", argument):
-            print(f"{PROGRAM} {VERSION}" if argument.endswith("version") else usage())
-            return 0
-    set_up_log()
+def listen(settings: Settings, systemd: Systemd) -> tuple[socket.socket, socket.socket | None]:
+    """The proxy's listening socket, and the status page's, whose absence must never cost the API. Raises ListenError."""
+    listener = systemd.take_back(settings.listen)
+    if not listener:
+        listener = listen_on(settings.listen)
+        systemd.keep(listener)
+    if not settings.status_listen:
+        return listener, None
     try:
-        settings = parse_flags(arguments)
-        backend = Backend(settings)
-        tls = server_tls(settings)
-    except FlagError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
+        return listener, listen_on(settings.status_listen)
+    except ListenError as error:
+        log.warning("no status page: %s", error)
+        return listener, None
+
+
+def run(arguments: list[str]) -> int:
+    """Run the program, its log set up; its exit status."""
     systemd = Systemd(os.environ.get("NOTIFY_SOCKET"))
     try:
-        listener = systemd.take_back(settings.listen)
-        if not listener:
-            listener = listen_on(settings.listen)
-            systemd.keep(listener)
-        status_listener = listen_on(settings.status_listen) if settings.status_listen else None
+        settings = parse_flags(arguments)
+        if settings.check:
+            log.disabled = True  # its lines say it
+            return check(settings)
+        backend = Backend(settings)
+        tls = server_tls(settings)
+        listener, status_listener = listen(settings, systemd)
+    except FlagError as error:
+        log.error("%s: %s", PROGRAM, error)
+        return 2
     except ListenError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        log.error("%s: %s", PROGRAM, error)
         return 1
-    server = ProxyServer(listener, settings, backend, CloneQueue(settings, backend), tls)
+    clones = CloneQueue(settings)
+    reservations = Reservations(settings.reserve_nextid, clones)
+    worker = CloneWorker(settings, backend, clones, reservations.release)
+    server = ProxyServer(listener, settings, backend, clones, reservations, tls)
     status = StatusServer(status_listener, server) if status_listener else None
     log.info("LISTENING: %s backend=%s", address_text(listener), settings.backend)
     if not tls and not is_local(listener):
@@ -2904,33 +3327,29 @@ def main(arguments: list[str]) -> int:
         log.info("STATUS PAGE: %s", address_text(status_listener))
         if not is_local(status_listener):
             log.warning("the status page on %s shows nodes, VMIDs and token names", address_text(status_listener))
-    serve(settings, server, status, systemd)
+    serve(server, worker, status, systemd)
     stop(server, systemd)
     return 0
 
 
-def run(arguments: list[str]) -> None:
-    """Let `main` run in a thread of its own, and the process end with its exit status. The caller's thread should end:
-    while it is in this file, Python keeps the file's syntax tree, 5 MB."""
+def main(arguments: list[str]) -> int:
+    """The exit status: 0 after a signal, 1 if an address can't be listened on or -check found a failure, 2 for a wrong
+    flag."""
     # Blocked here and in every thread, to be taken by sigtimedwait: no handler can interrupt what holds a lock.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # for `stop`, not Python's own handler
-
-    def run_main() -> None:
-        if threading.current_thread() is not threading.main_thread():
-            threading.main_thread().join()
-        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
-        exit_status = main(arguments)
-        with contextlib.suppress(OSError, AttributeError):  # a closed standard output
-            sys.stdout.flush()
-        # Without the interpreter's own shutdown, which fails when a daemon thread happens to be writing to stderr.
-        os._exit(exit_status)
-
-    if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):  # they start no thread any more when the first one has ended
-        run_main()
-    start_vital_thread("main", run_main, daemon=False)
+    writer = set_up_log()
+    try:
+        return run(arguments)
+    finally:
+        writer.flush()
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    try:
+        exit_status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except SystemExit as ended:  # argparse's -help and -version
+        sys.exit(ended.code)
+    # Without the interpreter's own shutdown, which fails when a daemon thread happens to be writing to stderr.
+    os._exit(exit_status)
