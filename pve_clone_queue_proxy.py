@@ -31,7 +31,6 @@ import base64
 import calendar
 import contextlib
 import enum
-import errno
 import glob
 import hashlib
 import http.client
@@ -41,6 +40,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import random
@@ -56,6 +56,7 @@ import time
 import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 VERSION = "2.1.0"
@@ -71,14 +72,6 @@ class FlagError(Exception):
     """A flag, its value or the file that it names is wrong; the text names flag and value."""
 
 
-_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
-_DURATION = re.compile(rf"\+?(?:0|(?:{_DURATION_PART.pattern})+)")
-_BACKEND = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?::([0-9]{1,5}))?/?")
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%a-z]+\]|[A-Za-z0-9._-]*):([0-9]{1,5})")
-_LONGEST_DURATION = 10 * 365 * 86400.0
-
-
 class WrongValue(argparse.ArgumentTypeError):
     """A flag's value is wrong; argparse puts the flag's name before the text."""
 
@@ -86,49 +79,56 @@ class WrongValue(argparse.ArgumentTypeError):
         super().__init__(f"invalid value {text!r}: {wanted}")
 
 
+def match_value(pattern: str, text: str, wanted: str) -> re.Match[str]:
+    """The match of a flag's whole value. Raises WrongValue."""
+    match = re.fullmatch(pattern, text)
+    if not match:
+        raise WrongValue(text, wanted)
+    return match
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
 def parse_duration(text: str) -> float:
     """Seconds of a Go duration: `300ms`, `1.5h`, `1m30s`, `.5s`, `0`."""
-    if not _DURATION.fullmatch(text):
-        raise WrongValue(text, "want a duration such as 500ms, 30s, 5m or 1h30m")
-    seconds = sum(float(number) * _DURATION_UNITS[unit] for number, unit in _DURATION_PART.findall(text))
-    if seconds > _LONGEST_DURATION:
+    part = rf"([0-9]+\.?[0-9]*|\.[0-9]+)({'|'.join(_UNITS)})"
+    match_value(rf"\+?(0|({part})+)", text, "want a duration such as 500ms, 30s, 5m or 1h30m")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(part, text))
+    if seconds > 10 * 365 * 86400:
         raise WrongValue(text, "longer than ten years")
     return seconds
 
 
 def parse_timeout(text: str) -> float:
     """Seconds of a Go duration that must be more than zero."""
-    if not parse_duration(text):
+    if not (seconds := parse_duration(text)):
         raise WrongValue(text, "must be more than 0")
-    return parse_duration(text)
+    return seconds
 
 
 def parse_bool(text: str) -> bool:
     """The truth values that Go's flag package takes."""
-    if text not in ("1", "t", "T", "true", "TRUE", "True", "0", "f", "F", "false", "FALSE", "False"):
-        raise WrongValue(text, "want true or false")
-    return text[0] in "1tT"
+    return match_value("(1|t|T|true|TRUE|True)|0|f|F|false|FALSE|False", text, "want true or false")[1] is not None
 
 
 def parse_count(text: str) -> int:
     """A number from 1 to a million."""
-    if not re.fullmatch("[0-9]{1,7}", text) or not 1 <= int(text) <= 1_000_000:
-        raise WrongValue(text, "want a number of 1 or more")
-    return int(text)
+    return int(match_value("0*([1-9][0-9]{0,5}|1000000)", text, "want a number of 1 or more")[1])
 
 
 def parse_answer(text: str) -> str:
     """When a clone's client gets PVE's answer."""
-    if text not in ("complete", "started"):
-        raise WrongValue(text, "want complete or started")
-    return text
+    return match_value("complete|started", text, "want complete or started")[0]
+
+
+_PORT = "[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 
 
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`, `:PORT` (host is then "") or `[::1]:PORT`."""
-    match = _ADDRESS.fullmatch(text)
-    if not match or int(match[2]) > 65535:
-        raise WrongValue(text, "want HOST:PORT, :PORT or [IPV6]:PORT")
+    host = r"\[[0-9A-Fa-f:.%a-z]+\]|[A-Za-z0-9._-]*"
+    match = match_value(f"({host}):({_PORT})", text, "want HOST:PORT, :PORT or [IPV6]:PORT")
     return match[1].strip("[]"), int(match[2])
 
 
@@ -150,18 +150,16 @@ class BackendAddress(NamedTuple):
 
 def parse_backend(text: str) -> BackendAddress:
     """The backend of a URL without a path."""
-    match = _BACKEND.fullmatch(text)
-    port = int(match[3] or {"http": 80, "https": 443}[match[1]]) if match else 0
-    if not match or port > 65535:
-        raise WrongValue(text, "want http(s)://HOST[:PORT] without a path")
-    return BackendAddress(match[1], match[2].strip("[]"), port)
+    host = r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+    match = match_value(f"(https?)://({host})(?::({_PORT}))?/?", text, "want http(s)://HOST[:PORT] without a path")
+    return BackendAddress(match[1], match[2].strip("[]"), int(match[3] or {"http": 80, "https": 443}[match[1]]))
 
 
 def parse_file(text: str) -> str:
     """The path of a file. A bare name is looked for among the service's credentials first (systemd.exec(5),
     LoadCredential=)."""
     credential = os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", ""), text)
-    return credential if text and "/" not in text and os.path.isfile(credential) else text
+    return credential if "/" not in text and os.path.isfile(credential) else text
 
 
 Settings = argparse.Namespace  # what the flags say, durations in seconds: `poll_delay` for -poll-delay, and so on
@@ -201,17 +199,17 @@ def parse_flags(arguments: list[str]) -> Settings:
     last one counts. Raises FlagError, and SystemExit for -help and -version, which it prints."""
     parser = FlagParser(PROGRAM, f"{PROGRAM} [-flag value] ...", add_help=False, allow_abbrev=False)
     for name, (parse, default, text) in FLAGS.items():
-        text += f" (default {default})" if default else ""
         switch: dict[str, Any] = {"nargs": "?", "const": True} if parse is parse_bool else {}  # it may stand alone
+        text += f" (default {default})" if default else ""
         parser.add_argument(f"-{name}", type=parse, default=default, help=text, metavar="VALUE", **switch)
     parser.add_argument("-version", action="version", version=f"{PROGRAM} {VERSION}", help="print the version and exit")
     parser.add_argument("-help", "-h", action="help", help="print this text and exit")
     # One dash each: with two as well, -help would show every flag twice.
     arguments = [re.sub("^--(?=[a-z])", "-", argument) for argument in arguments]
+    known = {f"-{name}" for name in (*FLAGS, "version", "help", "h")}
     for argument in arguments:  # argparse would take a flag's first letters for the flag
-        name = argument.partition("=")[0]
-        if re.match("-[A-Za-z]", name) and name[1:] not in {*FLAGS, "version", "help", "h"}:
-            raise FlagError(f"unknown flag {name}")
+        if re.match("-[A-Za-z]", argument) and argument.partition("=")[0] not in known:
+            raise FlagError(f"unknown flag {argument.partition('=')[0]}")
     settings = parser.parse_args(arguments, Settings())
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise FlagError("flags -tls-cert and -tls-key belong together: one of them is missing")
@@ -233,15 +231,16 @@ FIELDS = re.compile(rf"(?:{TOKEN}++:{VALUE}*+\r\n)*+")
 BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 # RFC 9112 3: one blank between the parts; RFC 3986: a target is visible ASCII, and a fragment is never sent.
 REQUEST_LINE = re.compile(rf"({TOKEN}{{1,64}}) ([!\"$-~]+) HTTP/([0-9])\.([0-9])")
-ABSOLUTE_FORM = re.compile(r"(?i:https?)://([^/?]+)(.*)")  # RFC 9112 3.2.2
 # RFC 9110 7.2 with RFC 3986 3.2.2, userinfo left out
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
+# RFC 9112 3.2.1 and 3.2.2: a path, whose first part is not empty; or a URL, of which that is used.
+TARGET = re.compile(rf"(/(?!/).*)|(?i:https?)://(?=[^/?]){HOST.pattern}((?:/(?!/)|\?).*|)")
 # RFC 9112 4. The blank behind the status code is optional here: some servers leave it out with an empty reason.
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9110 8.6
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # RFC 9112 7.1, 7.1.1
 # RFC 9110 15.2: whole interim answers, of which an upgrade (101) is none.
-INTERIM = re.compile(rf"(?:HTTP/1\.[01] 1(?!01)[0-9]{{2}}(?: [\t -~\x80-\xff]*)?\r\n(?:{FIELD.pattern})*+\r\n)*".encode())
+INTERIM = re.compile(rf"\A(?:HTTP/1\.[01] 1(?!01)[0-9]{{2}}(?: [\t -~\x80-\xff]*)?\r\n(?:{FIELD.pattern})*+\r\n)*".encode())
 INTERIM_BEGIN = b"HTTP/1.1 1"
 
 MAX_LINE = 16 * 1024
@@ -255,16 +254,13 @@ CHUNKED = -1
 UNTIL_CLOSE = -2
 
 # RFC 9110 7.6.1 names the first six; the proxy's own authentication and Trailer end here too (trailers are dropped).
-HOP_BY_HOP = frozenset(
-    ("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "trailer", "proxy-authenticate",
-     "proxy-authorization")
-)  # fmt: skip
+HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "trailer",
+                        "proxy-authenticate", "proxy-authorization"))  # fmt: skip
 # These too are the proxy's own business in a request.
 REQUEST_DROP = HOP_BY_HOP | {"expect", "x-forwarded-for"}
 # What a Connection field can't make the proxy drop, whatever it names. (Upgrade is dropped or kept for its own reasons.)
-PROTECTED = frozenset(
-    ("host", "content-length", "content-type", "authorization", "cookie", "set-cookie", "csrfpreventiontoken", "upgrade")
-)
+PROTECTED = frozenset(("host", "content-length", "content-type", "authorization", "cookie", "set-cookie",
+                       "csrfpreventiontoken", "upgrade"))  # fmt: skip
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -315,13 +311,11 @@ def reason_of(error: Exception) -> str:
 class Wire:
     """One peer's connection, plain or TLS, on a non-blocking socket, used by one thread at a time.
 
-    It is what http.client holds as its `sock` (`sendall`, `close`) and BaseHTTPRequestHandler as its `wfile` (`write`,
-    `flush`). Whatever waits raises Disconnected when the connection is over, and Stalled after `silence` seconds without a
+    It is what http.client holds as its `sock` (`sendall`, `close`) and BaseHTTPRequestHandler as its `wfile` (`write`).
+    Whatever waits raises Disconnected when the connection is over, and Stalled after `silence` seconds without a
     byte given or taken, or at the absolute time `end`, if that is set. `check` is called twice a second in a wait, and may
     raise to end it. What was received beyond what was asked for stays in `buffer`.
     """
-
-    __slots__ = ("_pending", "_poll", "_unsent", "buffer", "check", "end", "heads", "silence", "sock")
 
     def __init__(self, sock: socket.socket, silence: float) -> None:
         sock.setblocking(False)
@@ -330,30 +324,38 @@ class Wire:
         self.end: float | None = None
         self.check: Check | None = None
         self.buffer = bytearray()
-        self.heads = 0  # that were read
-        self._unsent: list[bytes] = []
-        self._pending = sock.pending if isinstance(sock, ssl.SSLSocket) else None
+        self.heads = 0  # that were read; whoever counts them sets it back
+        self._unsent = b""
+        # The number of decrypted bytes that TLS holds, which the descriptor does not show.
+        self.pending = sock.pending if isinstance(sock, ssl.SSLSocket) else int
         self._poll = select.poll()
 
     def wait(self, events: int) -> None:
         """Wait until the socket is ready, the one way to wait for it."""
-        # TLS may hold decrypted bytes that the descriptor does not show.
-        if events == select.POLLIN and self._pending and self._pending():
+        if events == select.POLLIN and self.pending():
             return
+        deadline = self._deadline()
+        while not self._is_ready(events, deadline):
+            pass
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.silence if self.end is None else self.end
+
+    def _is_ready(self, events: int, deadline: float) -> bool:
+        """Wait a moment, CHECK_SECONDS at most."""
         self._poll.register(self.sock, events)
-        now = time.monotonic()
-        deadline = now + self.silence if self.end is None else self.end
-        while now < deadline:
-            if self._poll.poll(min(deadline - now, CHECK_SECONDS) * 1000):
-                return
-            if self.check:
-                self.check()
-            now = time.monotonic()
-        raise Stalled
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise Stalled
+        if self._poll.poll(min(seconds, CHECK_SECONDS) * 1000):
+            return True
+        if self.check:
+            self.check()
+        return False
 
     def holds_more(self) -> bool:
         """Whether bytes have been received that nobody has asked for; TLS may hold some too."""
-        return bool(self.buffer) or (self._pending is not None and self._pending() > 0)
+        return bool(self.buffer or self.pending())
 
     def readable(self) -> bool:
         """Whether a byte, the end or an error has arrived that has not been received yet."""
@@ -380,30 +382,28 @@ class Wire:
             self.wait(select.POLLIN)
         return data
 
+    def await_more(self) -> None:
+        """Wait first, since who has just been spoken to can't have answered yet; then receive into `buffer`."""
+        self.wait(select.POLLIN)
+        self.buffer += self.receive()
+
     def head(self) -> str:
         """A start line and field lines, each with its CRLF, up to their empty line. Raises Malformed."""
         buffer = self.buffer
-        if not buffer:  # who has just been spoken to can't have answered yet
-            self.wait(select.POLLIN)
-            buffer += self.receive()
-        scanned = 0
-        while (end := buffer.find(b"\r\n\r\n", max(0, scanned - 3))) < 0:
-            if BAD_HEAD_BYTE.search(buffer, max(0, scanned - 1)):
+        size, end = 0, -1  # of what has been looked through; where the empty line is
+        while end < 0:
+            if size == len(buffer):
+                self.await_more()
+            end = buffer.find(b"\r\n\r\n", max(0, size - 3))
+            if end < 0 and BAD_HEAD_BYTE.search(buffer, max(0, size - 1)):
                 raise Malformed(400, "a control byte, bare CR or bare LF in the head (RFC 9112 2.2)")
-            self._check_size(len(buffer))
-            scanned = len(buffer)
-            buffer += self.receive()
-        self._check_size(end)
+            size = len(buffer) if end < 0 else end
+            if size > MAX_LINE and buffer.find(b"\r\n", 0, MAX_LINE + 2) < 0:
+                raise Malformed(414, f"the first line is longer than {MAX_LINE} bytes")
+            if size > MAX_HEAD:
+                raise Malformed(431, f"the head is larger than {MAX_HEAD} bytes")
         self.heads += 1
-        head = buffer[: end + 2].decode("latin-1")
-        del buffer[: end + 4]
-        return head
-
-    def _check_size(self, size: int) -> None:
-        if size > MAX_LINE and self.buffer.find(b"\r\n", 0, MAX_LINE + 2) < 0:
-            raise Malformed(414, f"the first line is longer than {MAX_LINE} bytes")
-        if size > MAX_HEAD:
-            raise Malformed(431, f"the head is larger than {MAX_HEAD} bytes")
+        return self.take(end + 4)[:-2].decode("latin-1")
 
     def body(self, length: int) -> Iterator[bytes]:
         """The decoded pieces of a body as they arrive. Raises Malformed."""
@@ -432,8 +432,7 @@ class Wire:
             match = CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE))
             if not match:
                 raise Malformed(400, "a malformed chunk size (RFC 9112 7.1)")
-            size = int(match[1], 16)
-            if size == 0:
+            if not (size := int(match[1], 16)):
                 break
             yield from self._exactly(size)
             self._line(0)
@@ -449,35 +448,30 @@ class Wire:
             if len(self.buffer) >= limit + 2:
                 raise Malformed(400, "a chunk's line is too long or not ended by CRLF (RFC 9112 7.1)")
             self.buffer += self.receive()
-        line = bytes(self.buffer[:end])
-        del self.buffer[: end + 2]
-        return line
+        return self.take(end + 2)[:-2]
 
     # Sending
 
     def sendall(self, data: bytes | memoryview) -> None:
-        """Send all of it; the limit on silence starts anew with every byte taken."""
-        while True:
+        """Send all of it, behind what was written; the limit on silence starts anew with every byte taken."""
+        if self._unsent:
+            data, self._unsent = self._unsent + data, b""
+        left = memoryview(data)
+        deadline: float | None = None
+        while left:
             try:
-                sent = self.sock.send(data)
-                if sent == len(data):
-                    return
-                data = memoryview(data)[sent:]
+                left = left[self.sock.send(left) :]
+                deadline = None
             except WOULD_BLOCK:
-                self.wait(select.POLLOUT)
+                # Tried again every moment: a full buffer counts as writable only when a third of its megabytes is free.
+                deadline = deadline or self._deadline()
+                self._is_ready(select.POLLOUT, deadline)
             except OSError as error:
                 raise Disconnected(reason_of(error)) from None
 
     def write(self, data: bytes) -> None:
-        """Send it with the next `flush`: a head goes out together with what there is of its body."""
-        self._unsent.append(data)
-
-    def flush(self) -> None:
-        """Send what was written."""
-        if self._unsent:
-            data = b"".join(self._unsent)
-            self._unsent.clear()
-            self.sendall(data)
+        """Send it with the next `sendall`: a head goes out together with what there is of its body."""
+        self._unsent += data
 
     def close(self) -> None:
         """Close the connection, with TLS's close_notify where that can be sent at once."""
@@ -492,13 +486,22 @@ def close_notify(sock: socket.socket) -> None:
             sock.unwrap()
 
 
+def whole(pieces: Iterable[bytes], limit: int, too_large: Refusal) -> bytes:
+    """All of a body, of which no more than `limit` bytes are read. Raises `too_large`."""
+    body = bytearray()
+    for piece in pieces:
+        body += piece
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
 class Message:
     """A head's field lines, checked: `fields` in their order, their names as they came; `values` by lower-case name."""
 
-    __slots__ = ("fields", "values")
-
-    def __init__(self, block: str) -> None:
+    def __init__(self, block: str, http11: bool) -> None:
         """Parse field lines, each ended by CRLF. Raises Malformed."""
+        self.http11 = http11
         if not FIELDS.fullmatch(block):
             raise Malformed(400, _what_is_wrong(block))
         self.fields: Fields = [(name, value.strip(" \t")) for name, value in FIELD.findall(block)]
@@ -515,8 +518,7 @@ class Message:
 
     def tokens(self, name: str) -> set[str]:
         """The lower-case elements of a list-valued field (RFC 9110 5.6.1)."""
-        values = self.values.get(name, [])
-        return {element.strip(" \t").lower() for value in values for element in value.split(",")}
+        return {element.strip(" \t") for element in ",".join(self.values.get(name, [])).lower().split(",")}
 
     def end_to_end(self, drop: frozenset[str]) -> Fields:
         """The fields that go on to the next hop (RFC 9110 7.6.1): without those in `drop` and those that a Connection
@@ -525,11 +527,11 @@ class Message:
             drop = drop | (self.tokens("connection") - PROTECTED)
         return [(name, value) for name, value in self.fields if name.lower() not in drop]
 
-    def framing(self, http11: bool) -> int | None:
-        """Length of the body by Content-Length, CHUNKED, or None where no field says one (RFC 9112 6). Stricter than
-        the RFC: both fields together, repeats and other codings are refused. Raises Malformed."""
+    def framing(self, otherwise: int) -> int:
+        """Length of the body by Content-Length, CHUNKED, or `otherwise` where no field says one (RFC 9112 6). Stricter
+        than the RFC: both fields together, repeats and other codings are refused. Raises Malformed."""
         if "transfer-encoding" in self.values:
-            if not http11:
+            if not self.http11:
                 raise Malformed(400, "Transfer-Encoding in HTTP/1.0")
             if "content-length" in self.values:
                 raise Malformed(400, "both Transfer-Encoding and Content-Length")
@@ -538,17 +540,16 @@ class Message:
             return CHUNKED
         length = self.one("content-length")
         if length is None:
-            return None
+            return otherwise
         if not CONTENT_LENGTH.fullmatch(length):
             raise Malformed(400, "Content-Length is not a number")
         return int(length)
 
-    def persists(self, http11: bool) -> bool:
+    @property
+    def keep_alive(self) -> bool:
         """Whether the connection may be used again (RFC 9112 9.3)."""
-        if "connection" not in self.values:
-            return http11
-        options = self.tokens("connection")
-        return "close" not in options and (http11 or "keep-alive" in options)
+        options = self.tokens("connection") if "connection" in self.values else ()
+        return "close" not in options and (self.http11 or "keep-alive" in options)
 
 
 def _what_is_wrong(block: str) -> str:
@@ -565,8 +566,6 @@ class Request(Message):
     """A request's head that has passed every check: RFC 9112 3, 6 and RFC 9110 7.2, 10.1.1. `upgrade` says whether this
     is a WebSocket's opening handshake (RFC 6455 4.1)."""
 
-    __slots__ = ("expects_continue", "http11", "keep_alive", "length", "method", "target", "upgrade")
-
     def __init__(self, head: str) -> None:
         """Parse the lines of a head. Raises Malformed."""
         start_line, _, block = head.partition("\r\n")
@@ -576,29 +575,22 @@ class Request(Message):
         self.method, target, major, minor = match.groups()
         if major != "1":
             raise Malformed(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-        super().__init__(block)
+        super().__init__(block, minor != "0")
         # PVE's parser takes `_` for `-`, so these would be second fields of that name to it and another one to us.
         if "_" in block and any("_" in name and name.replace("_", "-") in REQUEST_DROP | PROTECTED for name in self.values):
             raise Malformed(400, "a field name with _ that can be taken for one with -")
-        self.http11 = minor != "0"
         self.target = _origin_form(self.method, target)
-        host = self.one("host")
-        if host is None and self.http11:
+        if self.http11 and "host" not in self.values:
             raise Malformed(400, "no Host field (RFC 9112 3.2)")
-        if host is not None and not HOST.fullmatch(host):
+        if not HOST.fullmatch(self.one("host") or ""):
             raise Malformed(400, "a malformed Host field")
-        self.length = self.framing(self.http11) or 0
+        self.length = self.framing(0)
         self.expects_continue = "expect" in self.values and self.http11
         if self.expects_continue and self.tokens("expect") != {"100-continue"}:
             raise Malformed(417, "an Expect other than 100-continue")
-        self.keep_alive = self.persists(self.http11)
         # Other upgrades are not offered to the backend: behind an h2c upgrade, say, clones would pass unseen.
-        self.upgrade = (
-            "upgrade" in self.values
-            and (self.method, self.http11, self.length) == ("GET", True, 0)
-            and self.tokens("upgrade") == {"websocket"}
-            and "upgrade" in self.tokens("connection")
-        )
+        upgrade = "upgrade" in self.values and (self.method, self.http11, self.length) == ("GET", True, 0)
+        self.upgrade = upgrade and self.tokens("upgrade") == {"websocket"} and "upgrade" in self.tokens("connection")
 
     def path_parts(self) -> list[str]:
         """The path as PVE reads it: percent-decoded, then split on `/`, empty parts dropped. Line feeds at its end are
@@ -606,37 +598,26 @@ class Request(Message):
         path = urllib.parse.unquote(self.target.partition("?")[0], "latin-1").rstrip("\n")
         return [part for part in path.split("/") if part]
 
-    def query(self) -> str:
-        """What follows the question mark."""
-        return self.target.partition("?")[2]
+    def __str__(self) -> str:
+        """Method and path, for the log: a query may hold secrets."""
+        return f"{printable(self.method)} {printable(self.target.partition('?')[0])}"
 
 
 def _origin_form(method: str, target: str) -> str:
     """The target as it is sent to the backend (RFC 9112 3.2): path and query, never an authority."""
     if method == "CONNECT":
         raise Malformed(501, "CONNECT is not offered")
-    if target == "*" and method == "OPTIONS":
+    if (method, target) == ("OPTIONS", "*"):
         return target
-    if not target.startswith("/"):
-        match = ABSOLUTE_FORM.fullmatch(target)
-        if not match:
-            raise Malformed(400, "the request target is not a path (RFC 9112 3.2)")
-        authority, target = match.groups()
-        if not HOST.fullmatch(authority):
-            raise Malformed(400, "a malformed authority in the request target")
-        if method == "OPTIONS" and not target:
-            return "*"
-        if not target.startswith("/"):
-            target = "/" + target
-    if target.startswith("//"):
-        raise Malformed(400, "the request target begins with two slashes")
-    return target
+    match = TARGET.fullmatch(target)
+    if not match:
+        raise Malformed(400, "the request target is not a path, or begins with two slashes (RFC 9112 3.2)")
+    path = match[1] or match[2] or ("*" if method == "OPTIONS" else "/")
+    return "/" + path if path.startswith("?") else path
 
 
 class Response(Message):
     """The head of an answer (RFC 9112 4, 6.3). `length` says how the body is framed."""
-
-    __slots__ = ("keep_alive", "length", "reason", "status")
 
     def __init__(self, head: str, method: str) -> None:
         """Parse the lines of the head of an answer to a request of that method. Raises Malformed."""
@@ -644,15 +625,10 @@ class Response(Message):
         match = STATUS_LINE.fullmatch(start_line)
         if not match:
             raise Malformed(502, "a malformed status line (RFC 9112 4)")
-        super().__init__(block)
-        http11 = match[1] == "1"
-        self.status = int(match[2])
-        self.reason = match[3] or ""
-        length = self.framing(http11)
-        if method == "HEAD" or self.status < 200 or self.status in (204, 304):
-            length = 0
-        self.length = UNTIL_CLOSE if length is None else length
-        self.keep_alive = self.persists(http11)
+        super().__init__(block, match[1] == "1")
+        self.status, self.reason = int(match[2]), match[3] or ""
+        length = self.framing(UNTIL_CLOSE)
+        self.length = 0 if method == "HEAD" or self.status < 200 or self.status in (204, 304) else length
 
     def relayed_fields(self) -> Fields:
         """The fields that go to the client; RFC 9110 8.6: an answer of 1xx or 204 never has a Content-Length."""
@@ -678,11 +654,10 @@ class Answer(NamedTuple):
 
 def json_field(text: bytes, name: str) -> object:
     """That field of a JSON object; None if there is no such thing."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return content.get(name) if isinstance(content, dict) else None
+        return content.get(name) if isinstance(content, dict) else None
+    return None
 
 
 def error_answer(refusal: Refusal) -> Answer:
@@ -735,32 +710,23 @@ class ClientGone(Exception):
 
 BodyReader = Callable[[Check], Iterable[bytes]]
 CHUNKED_FIELD = ("Transfer-Encoding", "chunked")
+UPGRADE_FIELD = ("Connection", "Upgrade")
 
 
 class Outgoing:
     """A request as PVE gets it: method, target, all fields, and the body: bytes, or a function that gives its pieces as
     they arrive and calls what it is given while it waits for them."""
 
-    __slots__ = ("body", "fields", "method", "target", "upgrade")
-
-    def __init__(
-        self, method: str, target: str, fields: Fields, body: bytes | BodyReader | None = None, upgrade: bool = False
-    ) -> None:
+    def __init__(self, method: str, target: str, fields: Fields, body: bytes | BodyReader | None = None) -> None:
         """The one place that refuses what PVE would misread: raises Refusal (431)."""
         if len(fields) > MAX_OUTGOING_FIELDS:
             raise Refusal(431, f"more than {MAX_OUTGOING_FIELDS} header fields for PVE")
         if sum(len(name) + len(value) + 4 for name, value in fields) > MAX_OUTGOING_SIZE:
             raise Refusal(431, f"more than {MAX_OUTGOING_SIZE} bytes of header fields for PVE")
-        self.method = method
-        self.target = target
-        self.fields = fields
-        self.body = body
-        self.upgrade = upgrade
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether it may go out on a connection that was used before, and a second time if that turns out closed."""
-        return self.body is None and self.method in SAFE_METHODS and not self.upgrade
+        self.method, self.target, self.fields, self.body = method, target, fields, body
+        self.upgrade = UPGRADE_FIELD in fields[-1:]  # no client's Connection or Transfer-Encoding gets here
+        # Whether it may go out on a connection that was used before, and a second time if that turns out closed.
+        self.repeatable = body is None and method in SAFE_METHODS and not self.upgrade
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -805,13 +771,12 @@ class BackendResponse:
     def begin(self) -> None:
         """Read the head of the final answer; `interim` holds those before it (RFC 9110 15.2)."""
         self.interim: list[Response] = []
-        self.head = Response(self.wire.head(), self._method)
-        while self.head.status < 200 and self.head.status != 101:
-            self.interim.append(self.head)
+        while (head := Response(self.wire.head(), self._method)).status < 200 and head.status != 101:
+            self.interim.append(head)
             if len(self.interim) > MAX_INTERIM:
                 raise Malformed(502, f"more than {MAX_INTERIM} interim answers")
-            self.head = Response(self.wire.head(), self._method)
-        self._left = self.head.length  # of the body: the number of bytes, CHUNKED or UNTIL_CLOSE
+        self.head = head
+        self._left = head.length  # of the body: the number of bytes, CHUNKED or UNTIL_CLOSE
 
     def take(self) -> bytes:
         """What has come of the body with its head, unless it is chunked."""
@@ -838,7 +803,14 @@ class BackendResponse:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.connection.give_back(self)
+        """Close the connection where the answer was not read to its end or had no end of its own, where bytes lie behind
+        it, where PVE said close."""
+        connection, head = self.connection, self.head
+        delimited = head.keep_alive and head.length != UNTIL_CLOSE and head.status != 101
+        if connection.reusable and delimited and self.isclosed() and not self.wire.holds_more():
+            connection.backend.keep(connection)
+        else:
+            connection.close()
 
 
 class BackendConnection(http.client.HTTPConnection):
@@ -851,43 +823,33 @@ class BackendConnection(http.client.HTTPConnection):
         """Connect, within that time for each address. Raises Unreachable."""
         super().__init__(backend.address.host, backend.address.port, timeout=seconds)
         self.backend = backend
-        self.kept = False  # it has served a request before
-        self.idle_since = 0.0
+        self.idle_since = 0.0  # 0 until it has served a request
         try:
             self.connect()
-        except TimeoutError:
-            self.close()
-            raise Away(504, f"{backend.address} did not accept a connection within {seconds:g} s") from None
+            if backend.context:
+                self.sock = backend.context.wrap_socket(self.sock, server_hostname=self.host)
         except (OSError, UnicodeError) as error:
             self.close()
+            if isinstance(error, TimeoutError):
+                raise Away(504, f"{backend.address} did not accept a connection within {seconds:g} s") from None
             lasting = isinstance(error, (ssl.SSLError, socket.gaierror, UnicodeError)) and not isinstance(error, ssl.SSLEOFError)
-            kind = Unreachable if lasting else Away
-            raise kind(502, f"{backend.address} can't be reached: {reason_of(error)}") from None
-
-    def connect(self) -> None:
-        """As HTTPSConnection does it, with a Wire around the socket."""
-        super().connect()
-        if self.backend.context:
-            self.sock = self.backend.context.wrap_socket(self.sock, server_hostname=self.host)
-        self.sock = self.wire = Wire(self.sock, self.backend.silence)
+            raise (Unreachable if lasting else Away)(502, f"{backend.address} can't be reached: {reason_of(error)}") from None
+        self.sock = self.wire = Wire(self.sock, backend.silence)
 
     def exchange(self, outgoing: Outgoing, check: Check | None, end: float | None) -> BackendResponse:
         """Send a request and read the head of its final answer. Raises BackendError, and what `check` and the reader of
         the body raise; then the connection is closed."""
         wire = self.wire
-        wire.check = check
-        wire.end = end
-        heads = wire.heads
+        wire.check, wire.end, wire.heads = check, end, 0
         self.reusable = outgoing.body is None  # PVE may misread a body and take the rest for another request
         try:
-            with contextlib.suppress(Disconnected, AnsweredEarly):  # what it said before can still be read
-                self._send(outgoing)
+            self._send(outgoing)
             response: BackendResponse = self.getresponse()  # type: ignore[assignment]
             if response.head.status == 101 and not (outgoing.upgrade and response.head.tokens("upgrade") == {"websocket"}):
                 raise Malformed(502, "a 101 that was not asked for")
         except (Malformed, Disconnected, Stalled) as error:
             self.close()
-            if self.kept and isinstance(error, Disconnected) and not wire.buffer and wire.heads == heads:
+            if self.idle_since and isinstance(error, Disconnected) and not (wire.buffer or wire.heads):
                 raise StaleConnection(502, "a kept-alive connection was closed") from None
             raise self.failure(error) from None
         except BaseException:
@@ -900,11 +862,11 @@ class BackendConnection(http.client.HTTPConnection):
         self.putrequest(outgoing.method, outgoing.target, skip_host=True, skip_accept_encoding=True)
         for name, value in outgoing.fields:
             self.putheader(name, value)
-        body = outgoing.body
-        if not callable(body):
-            self.endheaders(body)
-        else:
-            self.endheaders(self._pieces(body), encode_chunked=outgoing.fields[-1] == CHUNKED_FIELD)
+        body = self._pieces(outgoing.body) if callable(outgoing.body) else outgoing.body
+        try:
+            self.endheaders(body, encode_chunked=CHUNKED_FIELD in outgoing.fields[-1:])
+        except (Disconnected, AnsweredEarly):
+            return  # what it said before can still be read
 
     def _pieces(self, body: BodyReader) -> Iterator[bytes]:
         """The pieces of a body, until the backend has begun its final answer. Raises AnsweredEarly."""
@@ -918,8 +880,7 @@ class BackendConnection(http.client.HTTPConnection):
             buffer += self.wire.receive_now() or b""
         except Disconnected:
             raise AnsweredEarly from None
-        match = INTERIM.match(buffer)
-        rest = buffer[match.end() :] if match else buffer
+        rest = INTERIM.sub(b"", buffer, count=1)
         if rest[:10] != INTERIM_BEGIN[: len(rest)] or b"\r\n\r\n" in rest or len(rest) > MAX_HEAD:
             raise AnsweredEarly
 
@@ -931,23 +892,12 @@ class BackendConnection(http.client.HTTPConnection):
             return BackendError(504, f"the backend gave no answer within {self.backend.silence:g} s")
         return BackendError(502, f"the connection to the backend broke: {error}")
 
-    def give_back(self, response: BackendResponse) -> None:
-        """Keep the connection for another request, or close it: where the answer was not read to its end or had no end
-        of its own, where bytes lie behind it, where PVE said close."""
-        head = response.head
-        delimited = head.keep_alive and head.length != UNTIL_CLOSE and head.status != 101
-        if self.reusable and delimited and response.isclosed() and not self.wire.holds_more():
-            self.kept = True
-            self.backend.keep(self)
-        else:
-            self.close()
-
 
 class Backend:
     """The PVE API.
 
-    `_lock` guards `_idle`, the stack of idle connections (the newest on top), `_problem`, why the API can't be reached
-    ("" if it can), and `_problem_since`.
+    `_lock` guards `_idle`, the stack of idle connections (the newest on top), `_problem`, why and since when the
+    API can't be reached (None if it can), and `_looking`, whether a thread waits for its return.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -958,8 +908,8 @@ class Backend:
         self.context = tls_context(settings)
         self._lock = threading.Lock()
         self._idle: list[BackendConnection] = []
-        self._problem = ""
-        self._problem_since = 0.0
+        self._problem: tuple[str, float] | None = None
+        self._looking = False
 
     def open(self, outgoing: Outgoing, check: Check | None = None, seconds: float | None = None) -> BackendResponse:
         """Send a request and read the head of its final answer; to be used in a `with`. `check` is called while the
@@ -974,14 +924,11 @@ class Backend:
 
     def exchange(self, outgoing: Outgoing, seconds: float, check: Check | None = None) -> Answer:
         """The whole answer, within that time. Raises BackendError."""
-        body = bytearray()
+        too_large = BackendError(502, f"the backend's answer is larger than {MAX_ANSWER} bytes")
         with self.open(outgoing, check, seconds) as response:
-            for piece in response:
-                body += piece
-                if len(body) > MAX_ANSWER:
-                    raise BackendError(502, f"the backend's answer is larger than {MAX_ANSWER} bytes")
+            body = whole(response, MAX_ANSWER, too_large)
         head = response.head
-        return Answer(head.status, head.reason, head.end_to_end(HOP_BY_HOP | {"content-length"}), bytes(body))
+        return Answer(head.status, head.reason, head.end_to_end(HOP_BY_HOP | {"content-length"}), body)
 
     def connect(self, seconds: float | None = None) -> BackendConnection:
         """A fresh connection, made within that time. Raises Unreachable."""
@@ -995,59 +942,58 @@ class Backend:
 
     def _take(self) -> BackendConnection | None:
         """An idle connection that is still silent."""
-        while True:
-            with self._lock:
-                if not self._idle:
-                    return None
+        with self._lock:
+            while self._idle:
                 connection = self._idle.pop()
-            if time.monotonic() - connection.idle_since < POOL_SECONDS and not connection.wire.readable():
-                return connection
-            connection.close()
+                if time.monotonic() - connection.idle_since < POOL_SECONDS and not connection.wire.readable():
+                    return connection
+                connection.close()
+        return None
 
     def keep(self, connection: BackendConnection) -> None:
         """Keep an idle connection for another request."""
         connection.idle_since = time.monotonic()
         with self._lock:
-            if len(self._idle) < POOL_SIZE:
-                self._idle.append(connection)
-                return
-        connection.close()
+            self._idle.append(connection)
+            if len(self._idle) > POOL_SIZE:
+                self._idle.pop(0).close()
 
     def prune(self) -> None:
         """Close the connections that have been idle for too long: the oldest lie at the bottom."""
         oldest = time.monotonic() - POOL_SECONDS
         with self._lock:
-            expired = [connection for connection in self._idle if connection.idle_since < oldest]
-            del self._idle[: len(expired)]
-        for connection in expired:
-            connection.close()
+            while self._idle and self._idle[0].idle_since < oldest:
+                self._idle.pop(0).close()
 
     # Whether it can be reached
 
     def problem(self) -> tuple[str, float] | None:
         """Why it can't be reached, and for how many seconds; None if it can."""
         with self._lock:
-            return (self._problem, time.monotonic() - self._problem_since) if self._problem else None
+            return (self._problem[0], time.monotonic() - self._problem[1]) if self._problem else None
 
     def _note(self, problem: str) -> None:
         """Say once when it can't be reached any more, and once when it can again."""
         with self._lock:
-            changed = bool(problem) != bool(self._problem)
-            self._problem = problem
-            seconds = time.monotonic() - self._problem_since
-            if changed:
-                self._problem_since = time.monotonic()
-        if changed and problem:
+            before = self._problem
+            self._problem = (problem, before[1] if before else time.monotonic()) if problem else None
+            look = bool(problem) and not self._looking
+            self._looking = self._looking or look
+        if problem and not before:
             log.warning("PVE UNREACHABLE: %s: %s", self.address, problem)
-            threading.Thread(target=self._wait_until_back, name="reach", daemon=True).start()
-        elif changed:
-            log.info("PVE BACK: after %.1fs", seconds)
+        elif before and not problem:
+            log.info("PVE BACK: after %.1fs", time.monotonic() - before[1])
+        if look:
+            threading.Thread(target=self._wait_until_back, name="look", daemon=True).start()
 
     def _wait_until_back(self) -> None:
         """Look for it, so that its return is seen without a request, too."""
-        while self.problem():
+        looking = True
+        while looking:
             time.sleep(REACH_SECONDS)
             self.look()
+            with self._lock:
+                looking = self._looking = bool(self._problem)
 
     def look(self) -> None:
         """See whether it can be reached, and say so if that has changed."""
@@ -1059,10 +1005,8 @@ class Backend:
 
 # A UPID as far as it is polled: PVE's own syntax is narrower, but lets users have almost any name.
 _UPID = re.compile(r"UPID:[^\s/]{0,495}")
-_NODE = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
-_UPID_NODE = re.compile(rf"UPID:({_NODE}):")
-# Node, process id and the process's start time (field 22 of /proc/PID/stat), both in hexadecimal.
-_UPID_PROCESS = re.compile(rf"UPID:{_NODE}:([0-9A-Fa-f]{{8}}):([0-9A-Fa-f]{{8,9}}):")
+# Node; process id and the process's start time (field 22 of /proc/PID/stat), both in hexadecimal.
+_UPID_PARTS = re.compile(r"UPID:([a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?):(?:([0-9A-Fa-f]{8}):([0-9A-Fa-f]{8,9}):)?")
 
 _TOKEN_NAME = re.compile(r"PVEAPIToken=([^=\s]{1,200})=")
 _TICKET_USER = re.compile(r"PVEAuthCookie=PVE(?:%3A|:)([^:;\s]{1,200}?)(?:%3A|:)")
@@ -1081,40 +1025,34 @@ STUCK_PAUSE = 1.0
 # How long the client of a refused clone has to come back with another VMID.
 RETURN_SECONDS = 1.0
 # The shortest delay between two polls of a task whose process can't be watched.
-SHORTEST_POLL = 0.03
+SHORTEST_POLL = 0.02
 LONGEST_LINE_DISTANCE = 60.0
 
 PVE = "PVE"  # the scope of a hold: all clones
 
 
-# The errors that say "locked, and nothing was created", whole texts, of a refused POST and of a task (pve-container,
-# qemu-server). Only after these a clone is sent again.
-_LOCKED = {
-    "lxc": r"CT is locked \([^()]*\)|can't lock file '/run/lock/lxc/pve-config-SOURCE\.lock' - got timeout",
-    "qemu": r"VM is locked \([^()]*\)",
+# The errors that say "locked, and nothing was created", whole texts by kind of guest (pve-container, qemu-server): those
+# of a refused POST, and those of a task that has removed what it made. Only after these a clone is sent again.
+_FIREWALL = r"|cfs-lock 'firewall-vm-NEWID' error: got lock request timeout"
+LOCKED = {
+    "lxc": r"CT is locked \([^()]*\)|can't lock file '/run/lock/lxc/pve-config-SOURCE\.lock' - got timeout" + _FIREWALL,
+    "qemu": r"VM is locked \([^()]*\)" + _FIREWALL,
 }
-_LOCKED_FIREWALL = r"cfs-lock 'firewall-vm-NEWID' error: got lock request timeout"
 _CONTENTION = (
     r"clone failed: (can't lock file '/var/lock/pve-manager/pve-storage-[^']*' - got timeout"
     r"|cfs-lock '[^']*' error: got lock request timeout"
     r"|can't add VM NEWID to pool '[^']*': cfs-lock 'file-user_cfg' error: got lock request timeout)"
 )
-_CONTENTION_QEMU = r"can't lock file '/var/lock/qemu-server/lock-SOURCE\.conf' - got timeout"
+CONTENTION = {
+    "lxc": _CONTENTION,
+    "qemu": _CONTENTION + r"|can't lock file '/var/lock/qemu-server/lock-SOURCE\.conf' - got timeout",
+}
 
 
-def _matches(call: CloneCall, text: str, *patterns: str) -> bool:
-    pattern = "|".join(patterns).replace("SOURCE", re.escape(call.source)).replace("NEWID", re.escape(call.newid))
+def is_one_of(errors: dict[str, str], call: CloneCall, text: str) -> bool:
+    """Whether a text of PVE's is one of these errors, of that very clone."""
+    pattern = errors[call.kind].replace("SOURCE", re.escape(call.source)).replace("NEWID", re.escape(call.newid))
     return re.fullmatch(pattern, text) is not None
-
-
-def says_locked(call: CloneCall, text: str) -> bool:
-    """Whether a refused POST says that somebody else holds a lock, and that nothing was created."""
-    return _matches(call, text, _LOCKED[call.kind], _LOCKED_FIREWALL)
-
-
-def says_contention(call: CloneCall, text: str) -> bool:
-    """Whether a task's exit status says that it failed from contention and has removed what it made."""
-    return _matches(call, text, _CONTENTION, *([_CONTENTION_QEMU] if call.kind == "qemu" else []))
 
 
 def taken_text(call: CloneCall, taker: CloneJob) -> str:
@@ -1127,51 +1065,43 @@ def taken_text(call: CloneCall, taker: CloneJob) -> str:
 
 def upid_of(answer: Answer) -> str | None:
     """The UPID of an accepted clone, if the answer has one that can be polled."""
-    data = answer.json_field("data")
-    if 200 <= answer.status < 300 and isinstance(data, str) and _UPID.fullmatch(data) and data.isprintable():
-        return data
-    return None
+    data = answer.json_field("data") if 200 <= answer.status < 300 else None
+    return data if isinstance(data, str) and _UPID.fullmatch(data) and data.isprintable() else None
 
 
 def node_of(upid: str, otherwise: str) -> str:
     """The node that a UPID names: a real one's name even where the request said `localhost`."""
-    match = _UPID_NODE.match(upid)
-    return match[1] if match else otherwise
+    return match[1] if (match := _UPID_PARTS.match(upid)) else otherwise
 
 
 def open_process(upid: str) -> int | None:
     """A descriptor of a task's worker process (pidfd_open(2)), if it runs on this host: it polls readable when that
     has ended. PVE calls a task running exactly while /proc/PID exists with the start time that its UPID names."""
-    match = _UPID_PROCESS.match(upid)
-    if not match or not 0 < (pid := int(match[1], 16)) < 1 << 31:
+    match = _UPID_PARTS.match(upid)
+    if not match or not 0 < (pid := int(match[2] or "0", 16)) < 1 << 31:
         return None
     with contextlib.suppress(OSError):
         pidfd = os.pidfd_open(pid)  # first, so that the process compared is the one that is held
         with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
             # The command's name, in parentheses, may hold anything: field 3 follows the last one.
-            if int(file.read().rpartition(b")")[2].split()[19]) == int(match[2], 16):
+            if int(file.read().rpartition(b")")[2].split()[19]) == int(match[3], 16):
                 return pidfd
         os.close(pidfd)
     return None
 
 
-class TaskProcess:
+class TaskProcess(contextlib.ExitStack):
     """A task's worker process, as far as this host sees it: the sleep between two polls ends the moment it ends."""
 
     def __init__(self, upid: str) -> None:
+        super().__init__()
         self.pidfd = open_process(upid)
         self.ended_at = 0.0  # 0 until it has
         self._begin = time.monotonic()
         self._poll = select.poll()
         if self.pidfd is not None:
+            self.callback(os.close, self.pidfd)
             self._poll.register(self.pidfd, select.POLLIN)
-
-    def __enter__(self) -> TaskProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pidfd is not None:
-            os.close(self.pidfd)
 
     def sleep(self, longest: float, deadline: float) -> None:
         """Sleep until the next poll, but not over the deadline. Of a process elsewhere a tenth of the time so far keeps
@@ -1183,10 +1113,9 @@ class TaskProcess:
         elif self.pidfd is None:
             pause = max(SHORTEST_POLL, (now - self._begin) / 10)
         pause = min(pause, longest, 3600.0, deadline - now if now < deadline else 3600.0)
-        if self.ended_at:
-            time.sleep(pause)
-        elif self._poll.poll(pause * 1000):
+        for pidfd, _ in self._poll.poll(pause * 1000):
             self.ended_at = time.monotonic()
+            self._poll.unregister(pidfd)  # from now on this only sleeps
 
 
 class CloneCall(NamedTuple):
@@ -1219,17 +1148,14 @@ def clone_call(request: Request, qemu: bool) -> CloneCall | None:
     """What a clone request asks for, as far as its head tells; None for any other request. It fails closed: what PVE
     will refuse for its node or VMID counts too. Raises Refusal (501) for a format in which PVE runs clones as well, and
     that nobody needs; `extjs` is the web GUI's, which has its own patience."""
-    if request.method != "POST":
-        return None
-    parts = request.path_parts()
-    if len(parts) != 7 or (parts[0], parts[2], parts[6]) != ("api2", "nodes", "clone"):
-        return None
-    _, format_, _, node, kind, source, _ = parts
-    if (kind != "lxc" and not (qemu and kind == "qemu")) or not re.fullmatch("[0-9]+", source) or format_ == "extjs":
-        return None
-    if format_ != "json":
-        raise Refusal(501, "clones are queued by /api2/json/ only; this format is not offered for them")
-    return CloneCall(kind, node, source, "", user_of(request))
+    match [request.method, *request.path_parts()]:
+        case ["POST", "api2", format_, "nodes", node, "lxc" | "qemu" as kind, source, "clone"]:
+            if (kind == "qemu" and not qemu) or not re.fullmatch("[0-9]+", source) or format_ == "extjs":
+                return None
+            if format_ != "json":
+                raise Refusal(501, "clones are queued by /api2/json/ only; this format is not offered for them")
+            return CloneCall(kind, node, source, "", user_of(request))
+    return None
 
 
 def lacks_token(request: Request) -> bool:
@@ -1247,16 +1173,14 @@ def parameter(text: str, name: str) -> list[str]:
 def newid_of(query: str, body: bytes) -> str:
     """The `newid` of a clone as PVE reads it: the query's, or else the body's, which is JSON or a form; without leading
     zeros. "" if there is none, or more than one, which PVE refuses."""
-    values = parameter(query, "newid")
-    if not values and body.lstrip()[:1] == b"{":
-        values = [str(json_field(body, "newid"))]
-    elif not values:
-        values = parameter(body.decode("latin-1"), "newid")
+    in_body = [str(json_field(body, "newid"))] if body.lstrip()[:1] == b"{" else parameter(body.decode("latin-1"), "newid")
+    values = parameter(query, "newid") or in_body
     return values[0].lstrip("0") if len(values) == 1 and re.fullmatch("[0-9]{1,20}", values[0]) else ""
 
 
 class Client:
-    """A clone's client as the queue knows it. `event` wakes its handler: the answer is there, or the client has left."""
+    """A clone's client as the queue knows it. `event` wakes its handler: the answer is there, or the client has left.
+    `left` is the queue's, guarded by its mutex: nothing more can be given to this client."""
 
     # A client has left when it has closed its connection, or only its sending half: nginx and Go read that so too.
     GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -1265,6 +1189,7 @@ class Client:
         self.fd = fd
         self.address = address
         self.event = threading.Event()
+        self.left = False
         self._poll = select.poll()
         self._poll.register(fd, self.GONE)
 
@@ -1285,9 +1210,9 @@ class CloneJob:
         running   it is `queue.running`
         ended     in `ended`, with its outcome
 
-    In all of them its client is there (`client`) or has left (None); an equal request takes a left one over. Its `answer`
-    can come before its end: the 504 of a task that outlives -task-timeout, or PVE's own with -answer started. Once it is
-    `delivered`, the job is nobody's any more.
+    In all of them its `client` is there or has left; an equal request takes a left one over. Its `answer` can come before
+    its end: the 504 of a task that outlives -task-timeout, or PVE's own with -answer started. Once it is `delivered`, the
+    job is nobody's any more.
     """
 
     def __init__(self, call: CloneCall, outgoing: Outgoing, poll_fields: Fields, key: bytes, client: Client) -> None:
@@ -1296,34 +1221,27 @@ class CloneJob:
         self.outgoing = outgoing
         self.poll_fields = poll_fields
         self.key = key
-        self.scopes = (PVE, f"node {call.node}", f"source {call.source}")
+        self.source = f"source {call.source}"
+        self.scopes = (PVE, f"node {call.node}", self.source)
         self.queued_at = time.monotonic()
 
-        self.client: Client | None = client
-        self.address = client.address
+        self.client = client
         self.answer: Answer | None = None
         self.delivered = False
-        self.forgotten = False  # its client has not come back in time
         self.tries = 0
         self.started_at = 0.0  # of the last try
         self.accepted: Answer | None = None  # PVE's answer with the UPID of the task that runs now
         self.upid = ""
         self.failed: Answer | None = None  # PVE's answer to a try whose task failed from contention
         self.taken_by: CloneJob | None = None
-        self.locked = False  # CLONE LOCKED was said
         self.outcome = ""
         self.text = ""  # how it ended, in PVE's words where there are any
         self.ended_at = 0.0
 
     @property
-    def source(self) -> str:
-        """The narrowest of its scopes."""
-        return self.scopes[2]
-
-    @property
     def left(self) -> bool:
-        """Whether its client has left, and may come back."""
-        return not (self.client or self.delivered or self.forgotten)
+        """Whether its client has left, and may come back: an ended job without an answer has been given up."""
+        return self.client.left and not self.delivered and (not self.outcome or self.answer is not None)
 
     def times(self) -> tuple[float, float]:
         """Seconds waited and run. What is spent on a lock is part of the wait: only a task runs."""
@@ -1336,20 +1254,27 @@ class Hold:
     """Why the clones of a scope can't be tried now: since when, what PVE said, and when the first of them tries again.
     `vain` counts the tries in a row that found a source locked and not being cloned, once a clone's time was over."""
 
-    def __init__(self, now: float) -> None:
-        self.since = now
-        self.until = now
+    def __init__(self, lock_timeout: float) -> None:
+        self.lock_timeout = lock_timeout
+        self.since = self.until = time.monotonic()
         self.pause = FIRST_RETRY
         self.text = ""
         self.vain = 0
 
+    def end_of(self, job: CloneJob) -> float:
+        """When a job has waited as long as it may: that counts from its arrival or, if that is later, from when the hold
+        began."""
+        return max(self.since, job.queued_at) + self.lock_timeout
+
 
 class PutOff(NamedTuple):
-    """A try that made nothing and may be repeated: the scope that is the reason, PVE's answer, and its text."""
+    """A try that made nothing and may be repeated: the scope that is the reason, PVE's answer, its text, and whether the
+    source is being cloned by somebody else: then it works, and all may wait as long again."""
 
     scope: str
     answer: Answer
     text: str
+    being_cloned: bool = False
 
 
 class Ended(NamedTuple):
@@ -1387,13 +1312,13 @@ class CloneQueue(queue.Queue[CloneJob]):
         queue    what waits and what runs, in the order of arrival; a job that is put off never leaves its place
         ended    what has ended, the newest last; answers in it are forgotten after KEEP_SECONDS
         holds    by scope; one exists only while somebody is in its scope
-        totals   by outcome, and what else is counted or summed up
+        totals   by outcome, and of tries that were put off
+        waits    how many clones waited, and how long; `runs` the same of tasks
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.queue_size)
         self._lock_timeout = settings.lock_timeout
-        self.changed = threading.Condition(self.mutex)  # notified when a try has ended
 
     def _init(self, maxsize: int) -> None:
         self.queue: dict[CloneJob, None] = {}
@@ -1401,12 +1326,13 @@ class CloneQueue(queue.Queue[CloneJob]):
         self.ended: deque[CloneJob] = deque(maxlen=KEEP_COUNT)
         self.holds: dict[str, Hold] = {}
         self.draining = False
-        counted = (*OUTCOMES, "lock_retries", "waited", "waited_seconds", "ran", "clone_seconds")
-        self.totals: dict[str, float] = dict.fromkeys(counted, 0)
+        self.totals = dict.fromkeys((*OUTCOMES, "lock_retries"), 0)
+        self.waits: dict[str, float] = {"sum": 0, "count": 0}
+        self.runs: dict[str, float] = {"sum": 0, "count": 0}
         self._fresh_is_next = False  # the last try was one of a job that had been put off
         # See `_refuse_taken`
         self._refuse_at_once = 1
-        self._refused_at: float | None = None
+        self._expected_until = 0.0  # 0 if no client of a refused clone is expected back
         self._returned: CloneJob | None = None
 
     def _qsize(self) -> int:
@@ -1414,16 +1340,14 @@ class CloneQueue(queue.Queue[CloneJob]):
 
     def _put(self, item: CloneJob) -> None:
         call = item.call
-        if self.draining:  # here, or a job would slip in behind the drain
-            raise self._reject(call, "shutting down", SHUTTING_DOWN, 5)
-        log.info("CLONE QUEUED: %s waiting=%d client=%s user=%s", call, self._qsize(), item.address, word(call.user))
+        self._make_room(call)  # raises while draining: here too, or a job would slip in behind the drain
+        log.info("CLONE QUEUED: %s waiting=%d client=%s user=%s", call, self._qsize(), item.client.address, word(call.user))
         self.queue[item] = None
         if self.running and self.running.upid and self.running.call.newid == call.newid != "":
             item.taken_by = self.running
         self._refuse_at_once = 1
-        if self._refused_at is not None and not item.taken_by:
-            self._refused_at = None
-            self._returned = item
+        if self._expected_until and not item.taken_by:
+            self._expected_until, self._returned = 0.0, item
         self._refuse_taken()
 
     def _get(self) -> CloneJob:
@@ -1433,8 +1357,8 @@ class CloneQueue(queue.Queue[CloneJob]):
             job, seconds = self._next()
             if job is None:
                 self.not_empty.wait(seconds)
-            elif job.client is None:
-                self._drop(job)
+            elif job.client.left:
+                self._end(job)
             else:
                 break
         self.running = job
@@ -1450,39 +1374,36 @@ class CloneQueue(queue.Queue[CloneJob]):
         take turns, since PVE may take 10 s to say locked. Among the new ones, who is back with another VMID comes first."""
         now = time.monotonic()
         fresh: list[CloneJob] = []
-        held: list[tuple[float, CloneJob]] = []
+        held: dict[CloneJob, float] = {}
         met: set[Hold] = set()
-        for job in self.queue:
+        for job in [job for job in self.queue if not job.taken_by]:
             holds = self._holds_of(job)
-            if not holds and not job.taken_by:
+            if not holds:
                 fresh.append(job)
-            elif not job.taken_by and met.isdisjoint(holds):
-                held.append((max(hold.until for hold in holds), job))
-            met.update(holds if not job.taken_by else ())
-        held.sort(key=lambda pair: pair[0])
-        fresh.sort(key=lambda job: job is not self._returned)
-        due = [job for until, job in held if until <= now]
-        chosen = next(iter(fresh + due if self._fresh_is_next else due + fresh), None)
-        self._fresh_is_next = chosen in due
-        return chosen, held[0][0] - now if held else None
+            elif met.isdisjoint(holds):
+                held[job] = max(hold.until for hold in holds)
+            met.update(holds)
+        new = self._returned if self._returned in fresh else next(iter(fresh), None)
+        again = min(held, key=held.__getitem__, default=None)
+        due = again if again and held[again] <= now else None
+        chosen = (new or due) if self._fresh_is_next else (due or new)
+        self._fresh_is_next = chosen is not None and chosen is due
+        return chosen, held[again] - now if again else None
 
     def _holds_of(self, job: CloneJob) -> list[Hold]:
         return [self.holds[scope] for scope in job.scopes if scope in self.holds]
 
     def _state(self, job: CloneJob) -> str:
         """Where a job is in its life, in one word."""
-        if job.outcome or job is self.running or job.taken_by:
-            return "ended" if job.outcome else "taken" if job.taken_by else "running"
-        if job.source in self.holds:
-            return "locked"
-        return "away" if self._holds_of(job) else "waiting"
+        states = {"ended": job.outcome, "taken": job.taken_by, "running": job is self.running,
+                  "locked": job.source in self.holds, "away": self._holds_of(job)}  # fmt: skip
+        return next((state for state, applies in states.items() if applies), "waiting")
 
     # Clients that leave and come back
 
     def _notice_who_left(self) -> None:
         """Look at the connections of all clients at once."""
-        jobs = itertools.chain(self.queue, self.ended)
-        clients = {job.client.fd: job for job in jobs if job.client and not job.delivered}
+        clients = {job.client.fd: job for job in itertools.chain(self.queue, self.ended) if not job.client.left}
         poll = select.poll()
         for fd in clients:
             poll.register(fd, Client.GONE)
@@ -1490,11 +1411,9 @@ class CloneQueue(queue.Queue[CloneJob]):
             self._mark_left(clients[fd])
 
     def _mark_left(self, job: CloneJob) -> None:
-        if job.client:
-            job.client.event.set()
-        job.client = None
-        if not job.delivered:
-            log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
+        job.client.left = True
+        job.client.event.set()
+        log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
 
     def check_room(self, call: CloneCall) -> None:
         """Raise QueueRefusal if a new clone would find the queue full or closing, before PVE is asked and its body is
@@ -1510,8 +1429,8 @@ class CloneQueue(queue.Queue[CloneJob]):
         with self.mutex:
             self._notice_who_left()
             for twin in itertools.chain(self.ended, self.queue):
-                if twin.left and twin.key == job.key and job.client:
-                    twin.client, twin.address = job.client, job.address
+                if twin.left and twin.key == job.key:
+                    twin.client = job.client
                     if twin.answer:
                         twin.client.event.set()
                     log.info("CLONE RESUMED: %s (%s)", twin.call, self._state(twin))
@@ -1529,11 +1448,10 @@ class CloneQueue(queue.Queue[CloneJob]):
         if self.draining:
             raise self._reject(call, "shutting down", SHUTTING_DOWN, 5)
         while self._qsize() >= self.maxsize:
-            left = next((job for job in self.queue if not job.client and job is not self.running), None)
+            left = next((job for job in self.queue if job.client.left and job is not self.running), None)
             if not left:
-                reason = f"the clone queue is full: {self.maxsize} clones are waiting"
-                raise self._reject(call, "queue full", reason, 10)
-            self._drop(left)
+                raise self._reject(call, "queue full", f"the clone queue is full: {self.maxsize} clones are waiting", 10)
+            self._end(left)
 
     def _reject(self, call: CloneCall, why: str, reason: str, retry_after: int) -> QueueRefusal:
         self._count("rejected", f"CLONE REJECTED: {why}: {call} waiting={self._qsize()}")
@@ -1551,13 +1469,15 @@ class CloneQueue(queue.Queue[CloneJob]):
         """The job's answer, which from now on is delivered; None if the client has left, or lost the job."""
         with self.mutex:
             self._notice_who_left()
-            job.delivered = job.delivered or job.client is client
-            return job.answer if job.client is client else None
+            if job.client is not client or client.left:
+                return None
+            client.left = job.delivered = True
+            return job.answer
 
     def leave(self, job: CloneJob, client: Client) -> None:
         """The client is about to close. To be called before its descriptor is closed."""
         with self.mutex:
-            if job.client is client:
+            if job.client is client and not client.left:
                 self._mark_left(job)
 
     def wants(self, newid: str) -> bool:
@@ -1580,170 +1500,146 @@ class CloneQueue(queue.Queue[CloneJob]):
         the worker never idles. Where nobody comes back within RETURN_SECONDS, clients may be of the kind that gives up:
         then two are refused, then four, and so on, until there is an arrival.
         """
-        now = time.monotonic()
-        taken = [job for job in self.queue if job.taken_by]
-        if not taken or (self._refused_at is None and self._returned and self._is_coming(self._returned)):
+        now, back = time.monotonic(), self._returned
+        is_coming = back in self.queue and not (back.client.left or back.upid or back.taken_by or self._holds_of(back))
+        # Where another clone of a held source waits for it, one with a new number would only wait behind that: not yet.
+        tried = {scope for job in self.queue if not job.taken_by for scope in job.scopes if scope in self.holds}
+        waits = {job for job in self.queue for scope in tried.intersection(job.scopes) if self.holds[scope].end_of(job) > now}
+        taken = {job: job.taken_by for job in self.queue if job.taken_by and job not in waits}
+        if not taken or is_coming or now < self._expected_until:
             return
-        if self._refused_at is not None:
-            if now - self._refused_at < RETURN_SECONDS:
-                return
+        if self._expected_until:
             self._refuse_at_once *= 2
         self._notice_who_left()
-        refused = 0
-        for job in taken:
-            if job.client is None:
-                self._drop(job)
-            elif job.taken_by and refused < self._refuse_at_once:
-                text = taken_text(job.call, job.taken_by)
-                line = f"CLONE FAILED: {job.call} status=500 {printable(text)} (taken)"
-                self._end(job, Ended("taken", error_answer(Refusal(500, text)), text, line))
-                self._refused_at, self._returned = now, None
-                refused += 1
-
-    def _is_coming(self, job: CloneJob) -> bool:
-        """Whether PVE may yet accept this clone soon."""
-        return job in self.queue and bool(job.client) and not (job.upid or job.taken_by or self._holds_of(job))
-
-    def _free_taken(self, job: CloneJob) -> None:
-        """A clone has failed: PVE has removed what it made, and those that want its VMID are in the line again."""
-        for other in self.queue:
-            if other.taken_by is job:
-                other.taken_by = None
+        for job in [job for job in taken if job.client.left]:
+            self._end(job)
+        for job in [job for job in taken if not job.client.left][: self._refuse_at_once]:
+            text = taken_text(job.call, taken[job])
+            line = f"CLONE FAILED: {job.call} status=500 {printable(text)} (taken)"
+            self._end(job, Ended("taken", error_answer(Refusal(500, text)), text, line))
+            self._expected_until, self._returned = now + RETURN_SECONDS, None
 
     # What the worker calls
 
     def note_accepted(self, job: CloneJob, answer: Answer, upid: str) -> None:
         """PVE has started the running job's task."""
         with self.mutex:
-            job.accepted = answer
-            job.upid = upid
+            job.accepted, job.upid = answer, upid
             for other in self.queue:
                 if other is not job and other.call.newid == job.call.newid != "":
                     other.taken_by = job
             self._refuse_taken()
 
-    def answer_early(self, job: CloneJob, answer: Answer) -> bool:
-        """Answer the running job's client before its end; False if that has been done."""
+    def answer_running(self, answer: Answer | None = None) -> bool:
+        """Answer the running job's client before its end: with this, or with what is known of the clone, with which PVE
+        goes on even if this program doesn't. False if nobody runs, or has been answered."""
+        reason = "the proxy is shutting down before PVE answered; the outcome of the clone is unknown: see its task list"
         with self.mutex:
-            early = not job.answer
-            if early:
-                self._give(job, answer)
-            return early
-
-    def finish(self, job: CloneJob, ended: Ended) -> None:
-        """The running job has ended, other than by being put off: whatever held its scopes is over."""
-        with self.mutex:
-            for scope in job.scopes:
-                self.holds.pop(scope, None)
-            if ended.outcome != "completed":
-                self._free_taken(job)
-            self.running = None
-            self._end(job, ended)
-            self._refuse_taken()
-            self.changed.notify_all()
+            job = self.running
+            if not job or job.answer:
+                return False
+            self._give(job, answer or job.accepted or error_answer(Refusal(504, reason)))
+            return True
 
     def is_time_over(self, scope: str) -> bool:
         """Whether a job of that scope, which may be the running one, has waited for its hold as long as it may."""
         with self.mutex:
-            return bool(self._over(scope))
+            return any(end <= time.monotonic() for end in self._ends_of_time(scope).values())
 
-    def _over(self, scope: str) -> list[CloneJob]:
-        """The jobs of a hold's scope that have waited as long as they may: that counts from their arrival or, if that is
-        later, from when the hold began."""
-        latest = time.monotonic() - self._lock_timeout
-        since = self.holds[scope].since if scope in self.holds else sys.maxsize
-        jobs = [job for job in self.queue if scope in job.scopes and not job.taken_by]
-        return [job for job in jobs if max(since, job.queued_at) <= latest]
+    def _ends_of_time(self, scope: str) -> dict[CloneJob, float]:
+        """The jobs that wait for a scope's hold, or run, and until when they may."""
+        hold = self.holds.get(scope)
+        return {job: hold.end_of(job) for job in self.queue if hold and scope in job.scopes and not job.taken_by}
 
-    def put_off(self, job: CloneJob, put_off: PutOff, being_cloned: bool) -> None:
-        """The running job's try made nothing: all of that scope wait, and who has waited long enough is refused. Where
-        somebody else's clone of the source runs, the source works, and they may wait as long again."""
-        scope, answer, text = put_off
+    def settle(self, job: CloneJob, result: Ended | PutOff) -> None:
+        """The running job has ended, or its try made nothing and it is put off."""
         with self.mutex:
-            for wider in job.scopes[: job.scopes.index(scope)]:  # PVE has answered, so it is there, and so on
-                self.holds.pop(wider, None)
-            self._free_taken(job)
-            self.running = None
-            if job.upid:
-                job.failed = job.failed or answer
-                job.accepted, job.upid = None, ""
-            if self.draining:
-                self._end_unstarted(job)
+            if not isinstance(result, Ended) or result.outcome != "completed":
+                for other in self.queue:  # PVE has removed what it made: those that want its VMID are in the line again
+                    if other.taken_by is job:
+                        other.taken_by = None
+            # Whatever held its scopes is over; if it is put off, what held the wider ones: PVE has answered, so it is there.
+            over = job.scopes if isinstance(result, Ended) else job.scopes[: job.scopes.index(result.scope)]
+            for scope in over:
+                self.holds.pop(scope, None)
+            if isinstance(result, Ended):
+                self._end(job, result)
+                self.running = None
             else:
-                own = error_answer(Refusal(max(answer.status, 500), text))
-                for other in self._hold(job, scope, text, being_cloned):
-                    given = answer if other is job else own
-                    line = f"CLONE FAILED: {other.call} status={given}: {printable(text)}"
-                    self._end(other, Ended("failed", given, text, line)) if other.client else self._drop(other)
+                self.running = None
+                self._put_off(job, result)
             self._refuse_taken()
-            self.changed.notify_all()
+            self.all_tasks_done.notify_all()
 
-    def _hold(self, job: CloneJob, scope: str, text: str, being_cloned: bool) -> list[CloneJob]:
-        """Hold a scope until its next try; the jobs that have waited long enough. For a source several tries must have
-        been in vain, since between two clones of somebody else's there is a lock and no task."""
-        now = time.monotonic()
-        hold = self.holds.setdefault(scope, Hold(now))
-        hold.text = text
+    def _put_off(self, job: CloneJob, put_off: PutOff) -> None:
+        """All of that scope wait until its next try, and who has waited long enough is refused."""
+        if job.upid:
+            job.failed = job.failed or put_off.answer
+            job.accepted, job.upid = None, ""
+        if self.draining:
+            self._end_unstarted(job)
+            return
+        hold = self.holds.setdefault(put_off.scope, Hold(self._lock_timeout))
+        hold.text = put_off.text
         self.totals["lock_retries"] += 1
-        if not job.locked:
-            job.locked = True
-            log.warning("CLONE LOCKED: %s: %s", job.call, printable(text))
-        if being_cloned:
+        if job.tries == 1:
+            log.warning("CLONE LOCKED: %s: %s", job.call, printable(hold.text))
+        now = time.monotonic()
+        if put_off.being_cloned:
             hold.since = now
-        over = self._over(scope)
+        ends = self._ends_of_time(put_off.scope)
+        over = [other for other, end in ends.items() if end <= now]
         hold.vain = hold.vain + 1 if over else 0
-        if over:
-            hold.until = now + STUCK_PAUSE
-            return over if scope != job.source or hold.vain >= STUCK_TRIES else []
-        # Not later than when the first one's time is over, so that it is tried once more then.
-        first = min(max(hold.since, job.queued_at) for job in self.queue if scope in job.scopes)
-        hold.until = min(now + hold.pause * random.uniform(0.8, 1.2), first + self._lock_timeout)
-        hold.pause = min(LONGEST_RETRY, 1.5 * hold.pause)
-        return []
+        if not over:
+            # Not later than when the first one's time is over, so that it is tried once more then.
+            hold.until = min(now + hold.pause * random.uniform(0.8, 1.2), *ends.values())
+            hold.pause = min(LONGEST_RETRY, 1.5 * hold.pause)
+            return
+        hold.until = now + STUCK_PAUSE
+        if put_off.scope == job.source and hold.vain < STUCK_TRIES:
+            return  # between two clones of somebody else's there is a lock and no task
+        own = error_answer(Refusal(max(put_off.answer.status, 500), hold.text))
+        for other in over:
+            answer = put_off.answer if other is job else own
+            line = f"CLONE FAILED: {other.call} status={answer}: {printable(hold.text)}"
+            self._end(other, Ended("failed", answer, hold.text, line))
 
     # The end of a job
 
-    def _give(self, job: CloneJob, answer: Answer) -> None:
-        if not job.delivered:
-            job.answer = answer
-            if job.client:
-                job.client.event.set()
+    def _give(self, job: CloneJob, answer: Answer | None) -> None:
+        job.answer = answer
+        job.client.event.set()
 
     def _count(self, outcome: str, line: str) -> None:
         """Say once, and count once, how a clone ended."""
         self.totals[outcome] += 1
         log.log(logging.INFO if outcome == "completed" else logging.WARNING, "%s", line)
 
-    def _end(self, job: CloneJob, ended: Ended) -> None:
+    def _end(self, job: CloneJob, ended: Ended | None = None) -> None:
+        """Move a job to what has ended. A waiting one whose client has left is dropped, whatever else was to become of it:
+        PVE never hears of it (again)."""
+        if not ended or (job.client.left and job is not self.running):
+            ended = Ended("abandoned", None, "client left", f"CLONE DROPPED: {job.call}: its client left and did not come back")
         self._count(ended.outcome, ended.line + (f" tries={job.tries}" if job.tries > 1 else ""))
-        if ended.answer:
-            self._give(job, ended.answer)
+        self._give(job, ended.answer)
         job.outcome, job.text, job.ended_at = ended.outcome, ended.text, time.monotonic()
+        job.outgoing.body = None  # it is large, and credentials are not for keeping
+        job.outgoing.fields, job.poll_fields = [], []
         del self.queue[job]
         self.ended.append(job)
-        for scope in job.scopes:
-            if scope in self.holds and not any(scope in other.scopes for other in self.queue):
+        for scope in self.holds.keys() & set(job.scopes):
+            if not any(scope in other.scopes for other in self.queue):
                 del self.holds[scope]
         waited, ran = job.times()
-        self.totals["waited"] += 1
-        self.totals["waited_seconds"] += waited
-        self.totals["ran"] += bool(job.upid)
-        self.totals["clone_seconds"] += ran
-
-    def _drop(self, job: CloneJob) -> None:
-        """End a waiting job whose client has left; PVE never hears of it (again)."""
-        job.forgotten = True
-        line = f"CLONE DROPPED: {job.call}: its client left and did not come back"
-        self._end(job, Ended("abandoned", None, "client left", line))
+        for total, seconds, counts in (self.waits, waited, True), (self.runs, ran, bool(job.upid)):
+            total["sum"] += seconds
+            total["count"] += counts
 
     def _end_unstarted(self, job: CloneJob) -> None:
         """End a waiting job since the program ends: with 503, or with the answer to its failed task."""
         answer = job.failed or error_answer(Refusal(503, SHUTTING_DOWN, retry_after=5))
         line = f"CLONE REJECTED: shutting down: {job.call}"
-        if job.client is None:
-            self._drop(job)
-        else:
-            self._end(job, Ended("failed" if job.failed else "rejected", answer, "shutting down", line))
+        self._end(job, Ended("failed" if job.failed else "rejected", answer, "shutting down", line))
 
     # Operation and shutdown
 
@@ -1755,8 +1651,7 @@ class CloneQueue(queue.Queue[CloneJob]):
             self._notice_who_left()
             self._refuse_taken()
             for job in self.ended:
-                if job.ended_at < oldest and not job.client:
-                    job.forgotten = True
+                if job.ended_at < oldest and job.client.left:
                     job.answer = None
 
     def drain(self) -> None:
@@ -1770,38 +1665,27 @@ class CloneQueue(queue.Queue[CloneJob]):
     def wait_until_idle(self, deadline: float) -> bool:
         """Wait until no clone runs; False if one still does at the deadline."""
         with self.mutex:
-            return self.changed.wait_for(lambda: self.running is None, max(0.0, deadline - time.monotonic()))
-
-    def answer_running(self) -> None:
-        """Give the running clone's client what is known: PVE goes on with the clone, this program doesn't."""
-        reason = "the proxy is shutting down before PVE answered; the outcome of the clone is unknown: see its task list"
-        with self.mutex:
-            job = self.running
-            if job and not job.answer:
-                self._give(job, job.accepted or error_answer(Refusal(504, reason)))
+            return self.all_tasks_done.wait_for(lambda: self.running is None, max(0.0, deadline - time.monotonic()))
 
     def facts(self, job: CloneJob) -> dict[str, Any]:
         """What the status page shows of a job. The mutex is held."""
-        waited, ran = job.times()
-        hold = next(iter(self._holds_of(job)), None) if self._state(job) in ("locked", "away") else None
-        now = time.monotonic()
+        (waited, ran), state, now = job.times(), self._state(job), time.monotonic()
+        hold = next(iter(self._holds_of(job)), None) if state in ("locked", "away") else None
         return {
             **job.call._asdict(),
+            **{name: getattr(job, name) for name in ("outcome", "tries", "upid")},
+            "address": job.client.address,
             "vmid": job.call.source,
-            "stage": self._state(job),
-            "outcome": job.outcome,
+            "stage": state,
             "text": hold.text if hold else job.text,
-            "tries": job.tries,
-            "client": "answered" if job.delivered else "present" if job.client else "left",
-            "address": job.address,
-            "upid": job.upid,
+            "client": "answered" if job.delivered else "left" if job.client.left else "present",
             "waited_seconds": round(waited, 3),
             "clone_seconds": round(ran, 3),
             "ended": round(time.time() - now + job.ended_at, 3) if job.ended_at else None,
-            "gives_up_in": round(max(hold.since, job.queued_at) + self._lock_timeout - now, 1) if hold else None,
+            "gives_up_in": round(hold.end_of(job) - now, 1) if hold else None,
         }
 
-    def counts(self) -> tuple[CloneCall | None, float, int, dict[str, float]]:
+    def counts(self) -> tuple[CloneCall | None, float, int, dict[str, int]]:
         """What runs, for how many seconds, how many wait, and the totals: little, since it is asked for all the time."""
         with self.mutex:
             running = self.running
@@ -1814,13 +1698,10 @@ class CloneQueue(queue.Queue[CloneJob]):
             history = [self.facts(job) for job in list(self.ended)[-HISTORY:]]
             waiting = [self.facts(job) for job in self.queue if job is not self.running]
             running = self.facts(self.running) if self.running else None
-            totals = dict(self.totals)
-
-        def times(kind: str, count: str) -> dict[str, float]:
+            totals, waits, runs = dict(self.totals), dict(self.waits), dict(self.runs)
+        for total, kind in (waits, "waited_seconds"), (runs, "clone_seconds"):
             values = sorted(job[kind] for job in history if job["outcome"] == "completed")
-            return {"sum": totals.pop(kind), "count": totals.pop(count), "median": values[len(values) // 2] if values else 0.0}
-
-        waits, runs = times("waited_seconds", "waited"), times("clone_seconds", "ran")
+            total["median"] = values[len(values) // 2] if values else 0.0
         waits["oldest"] = max((job["waited_seconds"] for job in waiting), default=0.0)
         return {"queue_size": self.maxsize, "running": running, "waiting": waiting, "history": history,
                 "totals": totals, "wait_seconds": waits, "clone_seconds": runs}  # fmt: skip
@@ -1843,41 +1724,14 @@ class CloneWorker:
             job = self._clones.get()
             try:
                 result = self._try(job)
-                being_cloned = isinstance(result, PutOff) and self._is_being_cloned(job, result.scope)
             except Exception:
                 log.exception("unexpected failure in a clone")
                 reason = "unexpected failure in the clone queue; the outcome of the clone is unknown"
                 result = Ended("failed", error_answer(Refusal(500, reason)), reason, f"CLONE ERROR: {job.call}: {reason}")
-            if isinstance(result, Ended):
-                self._clones.finish(job, result)
-            else:
-                self._clones.put_off(job, result, being_cloned)
-
-    def _is_being_cloned(self, job: CloneJob, scope: str) -> bool:
-        """Whether a clone of the job's locked source runs, where some job's time is over. Asked with the job's own
-        credentials, which show their own tasks, or with Sys.Audit all of the node's."""
-        call = job.call
-        if scope != job.source or not self._clones.is_time_over(scope):
-            return False
-        node, kind = urllib.parse.quote(call.node, safe=""), "vzclone" if call.kind == "lxc" else "qmclone"
-        target = f"/api2/json/nodes/{node}/tasks?source=active&vmid={call.source}&typefilter={kind}"
-        try:
-            tasks = self._ask(job, target, self._settings.request_timeout)
-        except BackendError:
-            return False
-        running = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
-        return any(task.get("type") == kind and str(task.get("id")) == call.source and "endtime" not in task for task in running)
-
-    def _ask(self, job: CloneJob, target: str, seconds: float) -> object:
-        """PVE's data for a GET with the job's credentials. Raises BackendError without any."""
-        answer = self._backend.exchange(Outgoing("GET", target, job.poll_fields), seconds)
-        if answer.status != 200:
-            raise BackendError(502, str(answer))
-        return answer.json_field("data")
+            self._clones.settle(job, result)
 
     def _try(self, job: CloneJob) -> Ended | PutOff:
         """Post the clone to PVE and see it through."""
-        call = job.call
         try:
             answer = self._backend.exchange(job.outgoing, self._settings.request_timeout)
         except BackendError as error:
@@ -1885,49 +1739,59 @@ class CloneWorker:
                 return PutOff(PVE, error_answer(error), error.reason)
             unknown = "" if isinstance(error, Unreachable) else "; the outcome of the clone is unknown: see PVE's task list"
             reason = error.reason + unknown
-            return Ended("failed", error_answer(Refusal(error.status, reason)), reason, f"CLONE ERROR: {call}: {reason}")
+            return Ended("failed", error_answer(Refusal(error.status, reason)), reason, f"CLONE ERROR: {job.call}: {reason}")
         upid = upid_of(answer)
         if upid is None:
             return self._refused(job, answer)
-        log.info("CLONE TASK: %s upid=%s newid=%s", call.place, printable(upid), word(call.newid))
+        log.info("CLONE TASK: %s upid=%s newid=%s", job.call.place, printable(upid), word(job.call.newid))
         self._clones.note_accepted(job, answer, upid)
-        self._on_accepted(call.newid)
+        self._on_accepted(job.call.newid)
         if self._settings.answer == "started":
-            self._clones.answer_early(job, answer)
+            self._clones.answer_running(answer)
         return self._stopped(job, answer, self._wait_for_task(job))
 
     def _refused(self, job: CloneJob, answer: Answer) -> Ended | PutOff:
         """What follows from an answer without a UPID."""
-        call = job.call
-        message = answer.json_field("message")
-        texts = [answer.reason, message.removesuffix("\n") if isinstance(message, str) else ""]
-        locked = next((text for text in texts if answer.status == 500 and says_locked(call, text)), None)
+        texts = [answer.reason, str(answer.json_field("message")).removesuffix("\n")]
+        locked = next((text for text in texts if answer.status == 500 and is_one_of(LOCKED, job.call, text)), None)
         if locked and self._settings.lock_timeout:
-            return PutOff(job.source, answer, locked)
+            return PutOff(job.source, answer, locked, self._is_being_cloned(job))
         if answer.status == 595 and self._settings.lock_timeout:  # AnyEvent::HTTP: no connection to pvedaemon or that node
             return PutOff(job.scopes[1], answer, answer.reason)
         if job.failed and any("already exists" in text for text in texts):
             text = "PVE's clean-up after the failed try left it behind"
-            return Ended("failed", job.failed, text, f"CLONE ERROR: {call}: {text}")
+            return Ended("failed", job.failed, text, f"CLONE ERROR: {job.call}: {text}")
         if answer.status < 300:
-            line = f"CLONE ERROR: {call}: PVE's answer holds no UPID that can be polled: {answer}"
+            line = f"CLONE ERROR: {job.call}: PVE's answer holds no UPID that can be polled: {answer}"
             return Ended("failed", answer, "no UPID that can be polled", line)
-        return Ended("failed", answer, answer.reason, f"CLONE FAILED: {call} status={answer}")
+        return Ended("failed", answer, answer.reason, f"CLONE FAILED: {job.call} status={answer}")
 
     def _stopped(self, job: CloneJob, answer: Answer, exit_status: str | None) -> Ended | PutOff:
         """What follows from a task's exit status."""
-        call = job.call
         facts = f"upid={printable(job.upid)} (elapsed: {time.monotonic() - job.started_at:.1f}s)"
         if exit_status is None:
             text = "no longer waited for; the outcome is unknown"
-            return Ended("failed", job.answer or answer, text, f"CLONE ERROR: {call} {facts}: {text}")
+            return Ended("failed", job.answer or answer, text, f"CLONE ERROR: {job.call} {facts}: {text}")
         if exit_status == "OK" or exit_status.startswith("WARNINGS: "):
-            line = f"CLONE COMPLETE: {call.place} {facts} newid={word(call.newid)}"
+            line = f"CLONE COMPLETE: {job.call.place} {facts} newid={word(job.call.newid)}"
             return Ended("completed", answer, exit_status, line)
-        if says_contention(call, exit_status) and self._settings.lock_timeout and not job.answer:
-            return PutOff(job.source, answer, exit_status)
-        line = f"TASK FINISHED: status=stopped exitstatus={printable(exit_status)} {call} {facts}"
+        if is_one_of(CONTENTION, job.call, exit_status) and self._settings.lock_timeout and not job.answer:
+            return PutOff(job.source, answer, exit_status, self._is_being_cloned(job))
+        line = f"TASK FINISHED: status=stopped exitstatus={printable(exit_status)} {job.call} {facts}"
         return Ended("failed", answer, exit_status, line)
+
+    def _is_being_cloned(self, job: CloneJob) -> bool:
+        """Whether a clone of the job's locked source runs, where some job's time is over. Asked with the job's own
+        credentials, which show their own tasks, or with Sys.Audit all of the node's."""
+        if not self._clones.is_time_over(job.source):
+            return False
+        source, kind = job.call.source, "vzclone" if job.call.kind == "lxc" else "qmclone"
+        path = f"{urllib.parse.quote(job.call.node, safe='')}/tasks?source=active&vmid={source}&typefilter={kind}"
+        listed, _ = self._ask(job, path, self._settings.request_timeout)
+        tasks = [task for task in listed if isinstance(task, dict)] if isinstance(listed, list) else []
+        upids = [str(task.get("upid")) for task in tasks if (task.get("type"), str(task.get("id"))) == (kind, source)]
+        # An entry of the list may be 10 s old; the status is the truth.
+        return any(self._poll(job, upid, self._settings.request_timeout) == (None, "") for upid in upids)
 
     # Waiting for a task
 
@@ -1942,17 +1806,15 @@ class CloneWorker:
                 process.sleep(max(self._settings.poll_delay, 0.01), deadline)
                 # Before the deadline a silent backend must not hold up the client's 504 for long.
                 now = time.monotonic()
-                error = ""
-                try:
-                    exit_status = self._poll(job, min(max(1.0, deadline - now), silence) if now < deadline else silence)
-                    if exit_status is not None:
-                        return exit_status
-                    last_success = time.monotonic()
-                except BackendError as failure:
-                    error = failure.reason
+                seconds = min(max(1.0, deadline - now), silence) if now < deadline else silence
+                exit_status, error = self._poll(job, job.upid, seconds)
+                if exit_status is not None:
+                    return exit_status
                 now = time.monotonic()
+                last_success = last_success if error else now
                 if now >= next_line or (error and not last_error):
-                    self._log_poll(job, error, now - begin)
+                    said = f"TASK POLL ERROR: {job.call}: {error}" if error else f"TASK POLLING: status=running {job.call}"
+                    log.log(logging.WARNING if error else logging.INFO, "%s (elapsed: %.1fs)", said, now - begin)
                     next_line = now + min(max(0.5, now - begin), LONGEST_LINE_DISTANCE)
                 last_error = error
                 if now >= deadline:
@@ -1960,28 +1822,27 @@ class CloneWorker:
                     if process.ended_at or (process.pidfd is None and now - last_success >= timeout):
                         return None
 
-    def _log_poll(self, job: CloneJob, error: str, elapsed: float) -> None:
-        if error:
-            log.warning("TASK POLL ERROR: %s: %s (elapsed: %.1fs)", job.call, error, elapsed)
-        else:
-            log.info("TASK POLLING: status=running %s (elapsed: %.1fs)", job.call, elapsed)
-
-    def _poll(self, job: CloneJob, seconds: float) -> str | None:
-        """Ask PVE for the task's exit status; None while it runs. Raises BackendError if PVE doesn't say."""
-        node = urllib.parse.quote(node_of(job.upid, job.call.node), safe="")
-        data = self._ask(job, f"/api2/json/nodes/{node}/tasks/{urllib.parse.quote(job.upid, safe='')}/status", seconds)
-        status = data.get("status") if isinstance(data, dict) else None
-        exit_status = data.get("exitstatus", "") if isinstance(data, dict) else None
+    def _poll(self, job: CloneJob, upid: str, seconds: float) -> tuple[str | None, str]:
+        """A task's exit status, None while it runs or if PVE does not say; and why it does not."""
+        node, task_id = (urllib.parse.quote(part, safe="") for part in (node_of(upid, job.call.node), upid))
+        task, error = self._ask(job, f"{node}/tasks/{task_id}/status", seconds)
+        status, exit_status = (task.get("status"), task.get("exitstatus", "")) if isinstance(task, dict) else (None, None)
         if status == "stopped" and isinstance(exit_status, str):
-            return exit_status
-        if status != "running":
-            raise BackendError(502, "the task's status is neither running nor stopped")
-        return None
+            return exit_status, ""
+        return None, error or ("" if status == "running" else "the task's status is neither running nor stopped")
+
+    def _ask(self, job: CloneJob, path: str, seconds: float) -> tuple[object, str]:
+        """PVE's data for a GET below `nodes` with the job's credentials, or None and why there is none."""
+        try:
+            answer = self._backend.exchange(Outgoing("GET", f"/api2/json/nodes/{path}", job.poll_fields), seconds)
+        except BackendError as error:
+            return None, error.reason
+        return (answer.json_field("data"), "") if answer.status == 200 else (None, str(answer))
 
     def _time_out(self, job: CloneJob) -> None:
         """Tell the client, once, that its task is taking too long. The queue is held by the task all the same."""
         reason = f"the clone task did not end within {self._settings.task_timeout:g} s: {job.upid}"
-        if self._clones.answer_early(job, error_answer(Refusal(504, reason, data=job.upid))):
+        if self._clones.answer_running(error_answer(Refusal(504, reason, data=job.upid))):
             seconds = time.monotonic() - job.started_at
             log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), seconds)
 
@@ -1991,15 +1852,7 @@ class CloneWorker:
 MAX_PROBES = 100  # numbers asked for in place of one that is spoken for
 MAX_RESERVATIONS = 10_000
 
-
-class Reservation(NamedTuple):
-    """A VMID that was handed out: until when it is spoken for, to whom, and whether its owner may still probe it."""
-
-    until: float
-    owner: tuple[str, str]
-    may_probe: bool
-
-
+Owner = tuple[str, str]  # user or token, and address
 Ask = Callable[[str], Answer]
 
 
@@ -2007,17 +1860,17 @@ class Reservations:
     """The VMIDs that were handed out within -reserve-nextid, and the answers to `/cluster/nextid` that respect them.
 
     A VMID is spoken for when it was handed out, or is the `newid` of a clone that waits or runs. Only PVE's answers of 200
-    hand one out. An owner is who has the same user or token and the same address. `_lock` guards `_by_vmid`, the oldest
-    first.
+    hand one out. `_lock` guards `_by_vmid`, the oldest first: until when each is spoken for, and who may probe it once,
+    since the number came without being asked for.
     """
 
     def __init__(self, seconds: float, clones: CloneQueue) -> None:
         self.seconds = seconds
         self._clones = clones
-        self._lock = threading.Lock()
-        self._by_vmid: dict[str, Reservation] = {}
+        self._lock = threading.RLock()
+        self._by_vmid: dict[str, tuple[float, Owner | None]] = {}
 
-    def answer(self, target: str, owner: tuple[str, str], ask: Ask) -> Answer:
+    def answer(self, target: str, owner: Owner, ask: Ask) -> Answer:
         """The answer to a GET of that target; `ask` gives PVE's to the same request with another target. Raises what
         `ask` raises."""
         path, _, query = target.partition("?")
@@ -2027,53 +1880,49 @@ class Reservations:
         vmid = wanted[0].lstrip("0")
         if len(wanted) > 1 or not re.fullmatch("[0-9]{3,9}", vmid):
             return ask(target)
-        if not self._claim(vmid, owner, may_probe=False):
+        # PVE is asked before anything changes: a stranger's probe, which it refuses, must not touch a reservation.
+        answer = None if self._is_spoken_for(vmid, owner) else ask(target)
+        if not answer or (answer.status == 200 and not self._claim(vmid, probed_by=owner)):
             return _vmid_taken(vmid)
-        return self._confirm(vmid, target, ask)
+        return answer
 
-    def _next_free(self, path: str, first: Answer, owner: tuple[str, str], ask: Ask) -> Answer:
+    def _next_free(self, path: str, first: Answer, owner: Owner, ask: Ask) -> Answer:
         """PVE's first answer, or the one for the next number above that is neither spoken for nor taken."""
         number = str(first.json_field("data"))
-        if first.status != 200 or not re.fullmatch("[0-9]{3,9}", number) or self._claim(number, owner, may_probe=True):
+        if first.status != 200 or not re.fullmatch("[0-9]{3,9}", number) or self._claim(number, handed_to=owner):
             return first
-        asked = 0
-        for vmid in map(str, range(int(number) + 1, 1_000_000_000)):
-            if self._claim(vmid, owner, may_probe=True):
-                answer = self._confirm(vmid, f"{path}?vmid={vmid}", ask)
-                asked += 1
+        above = map(str, range(int(number) + 1, 1_000_000_000))
+        # Each is claimed only when the one before it was taken.
+        claimed = (vmid for vmid in above if self._claim(vmid, handed_to=owner))
+        for vmid in itertools.islice(claimed, MAX_PROBES):
+            with contextlib.ExitStack() as unless_free:
+                unless_free.callback(self.release, vmid)
+                answer = ask(f"{path}?vmid={vmid}")
                 if answer.status == 200:
-                    return answer
-            if asked == MAX_PROBES:
-                break
+                    unless_free.pop_all()
+            if answer.status != 400:  # not taken: it is free, or PVE has something else to say
+                return answer
         return first
 
-    def _claim(self, vmid: str, owner: tuple[str, str], may_probe: bool) -> bool:
-        """Speak for a VMID, before PVE is asked, so that nobody else is told the same; False if it is spoken for. Of a
-        number that came without being asked for, its owner may be told once more that it is free."""
-        if self._clones.wants(vmid):
-            return False
+    def _is_spoken_for(self, vmid: str, probed_by: Owner | None) -> bool:
+        """Whether somebody else has that VMID. Of a number that came without being asked for, its owner may be told once
+        more that it is free."""
+        with self._lock:
+            until, may_probe = self._by_vmid.get(vmid, (0.0, None))
+            reserved = until > time.monotonic() and (may_probe is None or may_probe != probed_by)
+            return reserved or self._clones.wants(vmid)
+
+    def _claim(self, vmid: str, handed_to: Owner | None = None, probed_by: Owner | None = None) -> bool:
+        """Speak for a VMID, so that nobody else is told the same; False if it is spoken for."""
         now = time.monotonic()
         with self._lock:
-            held = self._by_vmid.get(vmid)
-            probed = held and held.may_probe and held.owner == owner and not may_probe
-            if held and held.until > now and not probed:
+            if self._is_spoken_for(vmid, probed_by):
                 return False
             self._by_vmid.pop(vmid, None)
-            self._by_vmid[vmid] = Reservation(now + self.seconds, owner, may_probe)
-            while len(self._by_vmid) > MAX_RESERVATIONS or next(iter(self._by_vmid.values())).until <= now:
+            self._by_vmid[vmid] = (now + self.seconds, handed_to)
+            while len(self._by_vmid) > MAX_RESERVATIONS or next(iter(self._by_vmid.values()))[0] <= now:
                 del self._by_vmid[next(iter(self._by_vmid))]
             return True
-
-    def _confirm(self, vmid: str, target: str, ask: Ask) -> Answer:
-        """PVE's answer for a claimed VMID, which is spoken for no more if PVE does not say that it is free."""
-        free = False
-        try:
-            answer = ask(target)
-            free = answer.status == 200
-            return answer
-        finally:
-            if not free:
-                self.release(vmid)
 
     def release(self, vmid: str) -> None:
         """Speak for it no more: PVE has started a clone with it, or does not say that it is free."""
@@ -2101,8 +1950,8 @@ HANDSHAKE_SECONDS = 10.0
 LINGER_SECONDS = 5.0  # how long an answered client may go on sending before its connection is closed
 HALF_CLOSED_SECONDS = 300.0  # silence after which a tunnel that is closed on one side is given up
 MAX_CLONE_BODY = 512 * 1024  # PVE's own limit
-TUNNEL_BUFFER = 64 * 1024
-# A body that is slower than this for that long may have to make room for another connection.
+TUNNEL_BUFFER = 64 * 1024  # more is not read until less is held
+# Whose body is slower than this for that long, or who takes no piece of an answer for that long, may have to make room.
 SLOW_BYTES_PER_SECOND = 1024
 SLOW_SECONDS = 5.0
 
@@ -2111,7 +1960,7 @@ class Activity(enum.Enum):
     """What a connection does."""
 
     IDLE = "idle"  # between two requests, or with a head that is not complete
-    READING = "reading"  # a request's body
+    TRANSFER = "transfer"  # of a body from or to the client
     BUSY = "busy"  # with a request
     WAITING = "waiting"  # for a clone
     TUNNEL = "tunnel"
@@ -2120,9 +1969,8 @@ class Activity(enum.Enum):
 def keep_tcp_alive(sock: socket.socket) -> None:
     """Let the kernel find out within two minutes that the peer's host has vanished."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def plain_address(text: str) -> str | None:
@@ -2141,37 +1989,35 @@ class _Flow:
     """One direction of a tunnel. At most one buffer is held: a slow sink stops the reading."""
 
     def __init__(self, source: Wire, sink: Wire) -> None:
-        self.source = source.sock
-        self.sink = sink.sock
+        self.source, self.sink = source, sink
         self.buffer = source.buffer  # what came behind the head
-        self.source_ended = False
-        self.sink_ended = False
+        self.source_ended = self.sink_ended = False
 
     def wants_to_read(self) -> bool:
         """Whether there is room for what the source sends."""
         return not self.source_ended and len(self.buffer) < TUNNEL_BUFFER
 
     def move(self) -> None:
-        """Read once and write once, as far as that goes without waiting. Raises OSError when the tunnel broke."""
+        """Read once and write once, as far as that goes without waiting. Raises OSError and Disconnected when the tunnel
+        broke."""
         if self.wants_to_read():
-            with contextlib.suppress(*WOULD_BLOCK):
-                data = self.source.recv(TUNNEL_BUFFER)
-                self.buffer += data
-                self.source_ended = not data
+            try:
+                self.buffer += self.source.receive_now() or b""
+            except EndOfStream:
+                self.source_ended = True
         if self.buffer:
             with contextlib.suppress(*WOULD_BLOCK):
-                del self.buffer[: self.sink.send(self.buffer)]
+                del self.buffer[: self.sink.sock.send(self.buffer)]
         if self.source_ended and not self.buffer and not self.sink_ended:
             self.sink_ended = True
             # Not SSLSocket.shutdown(), which would end decryption for the other direction too.
-            socket.socket.shutdown(self.sink, socket.SHUT_WR)
+            socket.socket.shutdown(self.sink.sock, socket.SHUT_WR)
 
 
 def run_tunnel(client: Wire, backend: Wire) -> None:
     """Relay the bytes of an upgraded connection, both ways, until both sides have ended or one broke. No idle limit."""
-    up = _Flow(client, backend)
-    down = _Flow(backend, client)
-    with contextlib.suppress(OSError):
+    up, down = _Flow(client, backend), _Flow(backend, client)
+    with contextlib.suppress(OSError, Disconnected):
         while not (up.sink_ended and down.sink_ended):
             up.move()
             down.move()
@@ -2183,19 +2029,18 @@ def _wait_for_flow(up: _Flow, down: _Flow) -> bool:
     """Wait until something can move; False when the tunnel is over."""
     poll = select.poll()
     for flow, opposite in ((up, down), (down, up)):
-        events = select.POLLIN if flow.wants_to_read() else 0
-        events |= select.POLLOUT if opposite.buffer else 0
-        poll.register(flow.source, events)
-        if flow.wants_to_read() and isinstance(flow.source, ssl.SSLSocket) and flow.source.pending():
+        if flow.wants_to_read() and flow.source.pending():
             return True
+        events = select.POLLIN if flow.wants_to_read() else 0
+        poll.register(flow.source.sock, events | (select.POLLOUT if opposite.buffer else 0))
     half_closed = up.source_ended or down.source_ended
     ready = dict(poll.poll(HALF_CLOSED_SECONDS * 1000 if half_closed else None))
     for flow in (up, down):
-        events = ready.get(flow.source.fileno(), 0)
+        events = ready.get(flow.source.sock.fileno(), 0)
         if events & (select.POLLHUP | select.POLLERR) and not flow.wants_to_read():
             if events & select.POLLERR or not flow.buffer:
                 return False
-            poll.unregister(flow.source)  # it has closed, but what it said before has yet to be sent
+            poll.unregister(flow.source.sock)  # it has closed, but what it said before has yet to be sent
             return bool(poll.poll(HALF_CLOSED_SECONDS * 1000))
     return bool(ready)
 
@@ -2223,11 +2068,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Join the server's connections. What can fail comes later, in `handle`."""
         self.sock: socket.socket = self.request
         self.peer = plain_address(str(self.client_address[0])) or "0.0.0.0"
-        self.http11 = True  # of the request in hand
+        self.http11, self.command = True, ""  # of the request in hand
         self.unread = False  # a part of it
         self.responding = False
         self.answered = False  # at least one request
-        self.paid_until = 0.0  # see `request_body`; written by this thread alone
+        self.credit = SLOW_SECONDS
+        self.paid_until = math.inf  # see `_await_client`; written by this thread alone
         self.server.join(self)
 
     def handle(self) -> None:
@@ -2236,20 +2082,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_tcp_alive(self.sock)
             if self.server.tls:
-                self._start_tls(self.server.tls)
+                self.sock.settimeout(HANDSHAKE_SECONDS)
+                # At once in place of the plain socket, which it takes the descriptor from: else `wake` could not reach it.
+                self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+                self.sock.do_handshake()
             self.wire = Wire(self.sock, self.server.silence)
             self.wfile = self.wire  # type: ignore[assignment]
             self.watch = Client(self.sock.fileno(), self.peer)
             super().handle()
         except OSError as error:
             log.debug("a connection ended: %s", error)
-
-    def _start_tls(self, context: ssl.SSLContext) -> None:
-        self.sock.settimeout(HANDSHAKE_SECONDS)
-        # At once in place of the plain socket, which it takes the descriptor from: else `wake` could not reach it.
-        tls = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        self.sock = tls
-        tls.do_handshake()
 
     def finish(self) -> None:
         """Close the connection; from here on nobody else may touch its descriptor."""
@@ -2262,7 +2104,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Whether a request may have arrived. Asked by another thread, which holds the server's lock."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
-        return bool(self.wire.buffer) or bool(poll.poll(0))
+        return bool(self.wire.buffer or poll.poll(0))
 
     def wake(self) -> None:
         """End the connection from another thread, which holds the server's lock."""
@@ -2273,12 +2115,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Read a request and answer it. The one place where failures become answers."""
         self.close_connection = True
         try:
-            request = self._read_request()
-            if request is None:
-                return
-            self._answer(request)
+            self._answer(self._read_request())
             self.answered = True
-            if self.unread:
+            if self.unread or (self.close_connection and self.wire.readable()):
                 self._linger()
             elif not self.close_connection:
                 self.close_connection = not self.server.enter(self, Activity.IDLE)
@@ -2294,32 +2133,26 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     # Reading a request
 
-    def _read_request(self) -> Request | None:
-        """The next request, its body not read yet; None if there is none."""
+    def _read_request(self) -> Request:
+        """The next request, its body not read yet. Raises Refusal, and Disconnected if there is none."""
         wire = self.wire
         self.unread = True
         wire.end = time.monotonic() + (IDLE_SECONDS if self.answered else HEAD_SECONDS)
         try:
             if not wire.buffer:
-                wire.wait(select.POLLIN)
-            while len(wire.buffer) < 3:
-                wire.buffer += wire.receive()
-        except (Stalled, Disconnected):
-            return None
-        # RFC 9112 2.2: old clients send an empty line behind a body.
-        if wire.buffer.startswith(b"\r\n"):
-            del wire.buffer[:2]
-        wire.end = time.monotonic() + HEAD_SECONDS
-        try:
-            head = wire.head()
+                wire.await_more()
+            wire.end = time.monotonic() + HEAD_SECONDS
+            head = wire.head().removeprefix("\r\n")  # RFC 9112 2.2: old clients send an empty line behind a body
         except Stalled:
+            if not wire.buffer:
+                raise Disconnected from None
             raise Refusal(408, f"the request's head was not complete within {HEAD_SECONDS:g} s") from None
         finally:
             wire.end = None
         if not self.server.enter(self, Activity.BUSY):
-            return None
+            raise Disconnected
         request = Request(head)
-        self.http11 = request.http11
+        self.command, self.http11 = request.method, request.http11
         self.unread = request.length != 0
         self.close_connection = not request.keep_alive
         return request
@@ -2330,17 +2163,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         fault."""
         wire = self.wire
         wire.end = seconds and time.monotonic() + seconds
-        self.paid_until = time.monotonic() + SLOW_SECONDS
-        self.server.enter(self, Activity.READING)
+        self._begin_transfer()
+        self._await_client()
         try:
             if request.expects_continue and not wire.buffer:
                 wire.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             wire.check = check
             for piece in wire.body(request.length):
-                # Each byte pays for some time, of which only so much can be saved.
-                now = time.monotonic()
-                self.paid_until = min(self.paid_until + len(piece) / SLOW_BYTES_PER_SECOND, now + SLOW_SECONDS)
+                self._note_moved(len(piece))
                 yield piece
+                self._await_client()
             self.unread = False
         except Malformed as error:
             raise Refusal(error.status, error.reason) from None
@@ -2352,18 +2184,44 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             wire.check = wire.end = None
             self.server.enter(self, Activity.BUSY)
 
+    def _begin_transfer(self) -> None:
+        self.credit, self.paid_until = SLOW_SECONDS, math.inf
+        self.server.enter(self, Activity.TRANSFER)
+
+    def _await_client(self) -> None:
+        """From now on it is the client that is slow: when its credit is used up, it may have to make room."""
+        self.paid_until = time.monotonic() + self.credit
+
+    def _note_moved(self, count: int) -> None:
+        """The client gave or took so many bytes. Each pays for some time, of which only so much can be saved."""
+        self.credit = min(self.paid_until - time.monotonic() + count / SLOW_BYTES_PER_SECOND, SLOW_SECONDS)
+        self.paid_until = math.inf
+
     # Answering
 
     def _answer(self, request: Request) -> None:
-        """Decide what the request is."""
+        """Decide what the request is. What is no clone is counted and logged."""
         self.forwarded_for = self._forwarded_for(request)
-        call = clone_call(request, self.server.settings.qemu)
+        settings = self.server.settings
+        call = clone_call(request, settings.qemu)
         if call and not lacks_token(request):
             self._clone(request, call)
-        elif self.server.settings.reserve_nextid and is_next_id(request):
-            self._next_id(request)
-        else:
-            self._relay(request)
+            return
+        begin = time.monotonic()
+        try:
+            relayed = self._next_id(request) if settings.reserve_nextid and is_next_id(request) else self._relay(request)
+        except (BackendError, Stalled) as error:
+            reason = f"the client took no byte within {self.server.silence:g} s"
+            if isinstance(error, BackendError):
+                self.server.count_backend_error()
+                reason = error.reason
+            if self.responding:
+                log.warning("RELAY CUT OFF: %s: %s", request, reason)
+            raise
+        if relayed:
+            self.server.count_relayed(relayed[0])
+            if settings.verbose:
+                log.info("RELAYED: %s status=%d bytes=%d time=%.3fs", request, *relayed, time.monotonic() - begin)
 
     def _send_head(self, status: int, reason: str, fields: Fields) -> None:
         self.send_response_only(status, reason)
@@ -2374,6 +2232,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _respond(self, status: int, reason: str, fields: Fields, length: int, first: bytes, rest: Iterable[bytes] = ()) -> int:
         """Send an answer, framed for this client; the number of bytes of its body. What is there of it, `first`, goes out
         with the head."""
+        self.wire.check = None  # an upload that failed may have left one
         chunked = length == CHUNKED and self.http11
         until_close = length < 0 and not chunked
         if until_close or self.unread or self.server.draining.is_set():
@@ -2386,12 +2245,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             fields.append(("Connection", "close" if self.close_connection else "keep-alive"))
         self.responding = True
         self._send_head(status, reason, fields)
-        self.wire.write(first)
-        self.wire.flush()
+        self.wire.sendall(first)
         sent = len(first)
+        if rest:
+            self._begin_transfer()
         for piece in rest:
             sent += len(piece)
+            self._await_client()
             self.wire.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            self._note_moved(len(piece))
         if chunked:
             self.wire.sendall(b"0\r\n\r\n")
         self.responding = False
@@ -2401,7 +2263,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _respond_whole(self, answer: Answer) -> None:
         length = [("Content-Length", str(len(answer.body)))] if answer.status not in (204, 304) else []
-        self._respond(answer.status, answer.reason, answer.fields + length, len(answer.body), answer.body)
+        body = b"" if self.command == "HEAD" else answer.body
+        self._respond(answer.status, answer.reason, answer.fields + length, len(answer.body), body)
 
     def _close_by_reset(self, on: bool) -> None:
         """An answer that ends with the connection must not look whole when it is cut off, even by the end of the
@@ -2412,17 +2275,17 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error and close; if an answer has begun already, cut it off."""
         self.close_connection = True
-        if self.responding:
-            return
-        with contextlib.suppress(Disconnected, Stalled):
-            self._respond_whole(refusal.answer if isinstance(refusal, LoginRefusal) else error_answer(refusal))
-            if self.unread or self.wire.readable():
-                self._linger()
+        if not self.responding:
+            with contextlib.suppress(Disconnected, Stalled):
+                self._respond_whole(refusal.answer if isinstance(refusal, LoginRefusal) else error_answer(refusal))
+                if self.unread or self.wire.readable():
+                    self._linger()
 
     def _linger(self) -> None:
         """Let a client that is still sending read its answer: closing at once would destroy it by a RST (RFC 9112
         9.6). What arrives is dropped, undecrypted."""
         self.close_connection = True
+        self.server.enter(self, Activity.IDLE)  # it has its answer, and may make room
         deadline = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):
             close_notify(self.sock)
@@ -2453,43 +2316,26 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """The request as the backend gets it, its body as it arrives."""
         fields = self._outgoing_fields(request, REQUEST_DROP - {"upgrade"} if request.upgrade else REQUEST_DROP)
         if request.upgrade:
-            fields.append(("Connection", "Upgrade"))
+            fields.append(UPGRADE_FIELD)
         if request.length == CHUNKED:
             fields.append(CHUNKED_FIELD)
         body = (lambda check: self.request_body(request, check)) if request.length else None
-        return Outgoing(request.method, request.target, fields, body, request.upgrade)
+        return Outgoing(request.method, request.target, fields, body)
 
-    def _relay(self, request: Request) -> None:
-        """Send the request on and stream the answer back."""
-        begin = time.monotonic()
-        try:
-            with self.server.backend.open(self._outgoing(request), self.watch.check) as response:
-                head = response.head
-                if head.status == 101:
-                    self._tunnel(response)
-                    return
-                if request.method == "POST":
-                    self._note_failed_login(request, response)
-                for interim in response.interim if self.http11 else ():
-                    self._send_head(interim.status, interim.reason, interim.relayed_fields())
-                first = response.take()
-                rest = () if response.isclosed() else response
-                sent = self._respond(head.status, head.reason, head.relayed_fields(), head.length, first, rest)
-        except BackendError as error:
-            self.server.count_backend_error()
-            if self.responding:
-                log.warning("RELAY CUT OFF: %s: %s", self._line(request), error.reason)
-            raise
-        self._note_relayed(request, head.status, sent, begin)
-
-    def _line(self, request: Request) -> str:
-        return f"{printable(request.method)} {printable(request.target.partition('?')[0])}"
-
-    def _note_relayed(self, request: Request, status: int, sent: int, begin: float) -> None:
-        self.server.count_relayed(status)
-        if self.server.settings.verbose:
-            seconds = time.monotonic() - begin
-            log.info("RELAYED: %s status=%d bytes=%d time=%.3fs", self._line(request), status, sent, seconds)
+    def _relay(self, request: Request) -> tuple[int, int] | None:
+        """Send the request on and stream the answer back: its status and the bytes of its body; None of a tunnel."""
+        with self.server.backend.open(self._outgoing(request), self.watch.check) as response:
+            head = response.head
+            if head.status == 101:
+                self._tunnel(response)
+                return None
+            if request.method == "POST":
+                self._note_failed_login(request, response)
+            for interim in response.interim if self.http11 else ():
+                self._send_head(interim.status, interim.reason, interim.relayed_fields())
+            first = response.take()
+            rest = () if response.isclosed() else response
+            return head.status, self._respond(head.status, head.reason, head.relayed_fields(), head.length, first, rest)
 
     def _note_failed_login(self, request: Request, response: BackendResponse) -> None:
         """Log a failed login, since PVE itself sees only this proxy there. The API says 401; to the web GUI PVE says
@@ -2505,27 +2351,21 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         keep_tcp_alive(response.wire.sock)
         head = response.head
-        fields = head.end_to_end(HOP_BY_HOP - {"upgrade"})
-        self._send_head(head.status, head.reason, [*fields, ("Connection", "Upgrade")])
-        self.wire.flush()
+        self._send_head(head.status, head.reason, [*head.end_to_end(HOP_BY_HOP - {"upgrade"}), UPGRADE_FIELD])
+        self.wire.sendall(b"")
         if self.server.enter(self, Activity.TUNNEL):
             run_tunnel(self.wire, response.wire)
 
-    def _next_id(self, request: Request) -> None:
-        """Answer with a VMID that nobody else was given, or that one is taken."""
-        begin = time.monotonic()
+    def _next_id(self, request: Request) -> tuple[int, int]:
+        """Answer with a VMID that nobody else was given, or that one is taken; status and bytes, as of a relayed one."""
         fields = self._outgoing_fields(request, REQUEST_DROP)
 
         def ask(target: str) -> Answer:
             return self.server.backend.exchange(Outgoing("GET", target, fields), self.server.silence, self.watch.check)
 
-        try:
-            answer = self.server.reservations.answer(request.target, (user_of(request), self.forwarded_for), ask)
-        except BackendError:
-            self.server.count_backend_error()
-            raise
+        answer = self.server.reservations.answer(request.target, (user_of(request), self.forwarded_for), ask)
         self._respond_whole(answer)
-        self._note_relayed(request, answer.status, len(answer.body), begin)
+        return answer.status, len(answer.body)
 
     # Clones
 
@@ -2551,8 +2391,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _admit(self, request: Request, call: CloneCall, client: Client) -> CloneJob:
         """The clone's job in the queue. Raises Refusal and ClientGone."""
+        too_large = Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
         if request.length > MAX_CLONE_BODY:
-            raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
+            raise too_large
         fields = self._outgoing_fields(request, REQUEST_DROP | {"content-length"})
         fields.append(("Content-Length", str(max(request.length, 0))))
         Outgoing(request.method, request.target, fields)  # before anybody waits for a clone that PVE would misread
@@ -2561,10 +2402,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         poll_fields = [self.server.backend.host_field, *credentials, ("X-Forwarded-For", self.forwarded_for)]
         # Strangers must not fill the queue, nor the memory with a body. PVE takes 3 s to say 401, in this thread's time.
         self._check_login(Outgoing("GET", "/api2/json/version", poll_fields), client)
-        body = self._clone_body(request)
+        pieces = self.request_body(request, seconds=HEAD_SECONDS) if request.length else ()
+        body = whole(pieces, MAX_CLONE_BODY, too_large)
         fields[-1] = ("Content-Length", str(len(body)))
         outgoing = Outgoing(request.method, request.target, fields, body)
-        call = call._replace(newid=newid_of(request.query(), body))
+        call = call._replace(newid=newid_of(request.target.partition("?")[2], body))
         secrets = [request.values.get(name) for name in ("authorization", "cookie", "csrfpreventiontoken")]
         key = hashlib.sha256(repr((request.target, secrets, body)).encode()).digest()
         return self.server.clones.admit(CloneJob(call, outgoing, poll_fields, key, client))
@@ -2587,15 +2429,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             client.check()
             if self.server.draining.wait(LONGEST_RETRY):
                 raise Refusal(503, SHUTTING_DOWN, retry_after=5)
-
-    def _clone_body(self, request: Request) -> bytes:
-        """The whole body, which is small and must come within HEAD_SECONDS."""
-        body = bytearray()
-        for piece in self.request_body(request, seconds=HEAD_SECONDS) if request.length else ():
-            body += piece
-            if len(body) > MAX_CLONE_BODY:
-                raise Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
-        return bytes(body)
 
 
 # Server: listening, the number of connections, and the end of them all.
@@ -2632,16 +2465,6 @@ def listen_on(address: tuple[str, int]) -> socket.socket:
         raise ListenError(f"cannot listen on {host_port(*address)}: {reason}") from None
 
 
-def is_local(listener: socket.socket) -> bool:
-    """Whether only this host can reach a listening socket."""
-    return ipaddress.ip_address(plain_address(listener.getsockname()[0]) or "::").is_loopback
-
-
-def address_text(listener: socket.socket) -> str:
-    """HOST:PORT of a listening socket."""
-    return host_port(*listener.getsockname()[:2])
-
-
 def server_tls(settings: Settings) -> ssl.SSLContext | None:
     """The listener's certificate, TLS 1.2 or newer. Raises FlagError if it can't be loaded."""
     if not settings.tls_cert:
@@ -2653,13 +2476,37 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")  # never ask at the terminal
     except (OSError, ValueError) as error:
-        raise FlagError(
-            f"flags -tls-cert {settings.tls_cert!r} and -tls-key {settings.tls_key!r}: {reason_of(error)}"
-        ) from None
+        raise FlagError(f"flags -tls-cert {settings.tls_cert!r} and -tls-key {settings.tls_key!r}: {reason_of(error)}") from None
     return context
 
 
-class ProxyServer(http.server.ThreadingHTTPServer):
+class ListeningServer(http.server.ThreadingHTTPServer):
+    """A ThreadingHTTPServer on a socket that listens already."""
+
+    def __init__(self, listener: socket.socket, handler: type[http.server.BaseHTTPRequestHandler]) -> None:
+        host, port = listener.getsockname()[:2]
+        super().__init__((host, port), handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.address = host_port(host, port)
+        self.is_local = ipaddress.ip_address(plain_address(host) or "::").is_loopback  # only this host can reach it
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept. Without a free descriptor, wait a little: the listening socket stays readable and would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            log.warning("cannot accept a connection: %s", error.strerror)
+            time.sleep(0.1)
+            raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """What a handler did not handle. Who breaks off is no news."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            log.exception("unexpected failure in a connection")
+
+
+class ProxyServer(ListeningServer):
     """Gives each connection a thread, at most MAX_CONNECTIONS of them, and holds what their handlers share.
 
     `_lock` guards the counters and `_activities`: what each connection does, in the order in which they began to do so.
@@ -2667,56 +2514,37 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     that drip a body: slow or silent clients can't keep others out.
     """
 
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(
-        self, listener: socket.socket, settings: Settings, backend: Backend, clones: CloneQueue,
-        reservations: Reservations, tls: ssl.SSLContext | None
-    ) -> None:  # fmt: skip
-        super().__init__(listener.getsockname()[:2], ProxyHandler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener
+    def __init__(self, listener: socket.socket, settings: Settings, backend: Backend, tls: ssl.SSLContext | None) -> None:
+        super().__init__(listener, ProxyHandler)
         self.settings = settings
         self.silence = settings.request_timeout
         self.backend = backend
-        self.clones = clones
-        self.reservations = reservations
+        self.clones = CloneQueue(settings)
+        self.reservations = Reservations(settings.reserve_nextid, self.clones)
         self.tls = tls
         self.draining = threading.Event()
-        self._lock = threading.Lock()
-        self._closed = threading.Condition(self._lock)  # notified with each connection's end
-        self._activities: dict[ProxyHandler, Activity] = {}
+        self._lock = threading.Condition()  # notified with each connection's end
+        self._activities: dict[ProxyHandler, Activity | None] = {}  # None: it has been ended, and closes soon
         self._connections = 0  # also those that are not yet, or no longer, in `_activities`
-        self._exempt = 0  # those of them that do not count: they wait for a clone, or have been ended
-        self._refused = 0
         self._refusal_logged_at = -CROWD_LINE_SECONDS
-        self._relayed = [0] * 6  # by status class
-        self._backend_errors = 0
+        self._relayed = {f"{status_class}xx": 0 for status_class in range(1, 6)}
+        self._counts = {"backend_errors": 0, "refused_connections": 0}
 
     # The moments of a connection, as socketserver has them
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept. Without a free descriptor, wait a little: the listening socket stays readable and would spin."""
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.warning("cannot accept a connection: %s", error.strerror)
-                time.sleep(0.1)
-            raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Count a connection in; False if it is one too many, which is told so as far as that goes without waiting."""
         with self._lock:
             self._connections += 1
-            if self._connections - self._exempt <= MAX_CONNECTIONS or self._make_room():
+            exempt = sum(activity in (Activity.WAITING, None) for activity in self._activities.values())
+            if self._connections - exempt <= MAX_CONNECTIONS or self._make_room():
                 return True
-            self._refused += 1
+            self._counts["refused_connections"] += 1
             now = time.monotonic()
             if now - self._refusal_logged_at >= CROWD_LINE_SECONDS:
                 self._refusal_logged_at = now
-                log.warning("TOO MANY CONNECTIONS: %d are open; %d have been refused so far", MAX_CONNECTIONS, self._refused)
+                refused = self._counts["refused_connections"]
+                log.warning("TOO MANY CONNECTIONS: %d are open; %d have been refused so far", MAX_CONNECTIONS, refused)
         if not self.tls:
             with contextlib.suppress(OSError):
                 request.setblocking(False)
@@ -2729,11 +2557,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
         with self._lock:
             self._connections -= 1
-            self._closed.notify_all()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """What is left over when even a handler's own error handling failed."""
-        log.exception("unexpected failure in a connection")
+            self._lock.notify_all()
 
     # What each connection does
 
@@ -2745,31 +2569,30 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def enter(self, handler: ProxyHandler, activity: Activity) -> bool:
         """Note what a connection does from now on; False if it has been ended, or should end now."""
         with self._lock:
-            before = self._activities.pop(handler, None)
-            if not before:
+            if not self._activities[handler]:
                 return False
+            del self._activities[handler]
             self._activities[handler] = activity
-            self._exempt += (activity is Activity.WAITING) - (before is Activity.WAITING)
             return not (self.draining.is_set() and activity in (Activity.IDLE, Activity.TUNNEL))
 
     def leave(self, handler: ProxyHandler) -> None:
         """Forget a connection that is about to be closed."""
         with self._lock:
-            if self._activities.pop(handler, Activity.WAITING) is Activity.WAITING:
-                self._exempt -= 1
+            del self._activities[handler]
 
     def _end(self, handler: ProxyHandler) -> None:
-        self._exempt += self._activities.pop(handler) is not Activity.WAITING
+        self._activities[handler] = None
         handler.wake()
 
     def _make_room(self) -> bool:
         """End a connection in favour of a new one; False if there is none that could be."""
         idle = [handler for handler, activity in self._activities.items() if activity is Activity.IDLE]
-        slow = [handler for handler, activity in self._activities.items() if activity is Activity.READING]
-        slow = [handler for handler in slow if handler.paid_until < time.monotonic()]
-        if idle or slow:
-            self._end(idle[0] if idle else min(slow, key=lambda handler: handler.paid_until))
-        return bool(idle or slow)
+        reading = [handler for handler, activity in self._activities.items() if activity is Activity.TRANSFER]
+        slow = [handler for handler in reading if handler.paid_until < time.monotonic()]
+        candidates = idle + sorted(slow, key=lambda handler: handler.paid_until)
+        if candidates:
+            self._end(candidates[0])
+        return bool(candidates)
 
     # The end
 
@@ -2778,7 +2601,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         a request has arrived, or that are too new to tell, are not."""
         with self._lock:
             self.draining.set()
-            for handler, activity in list(self._activities.items()):
+            for handler, activity in self._activities.items():
                 idle = activity is Activity.IDLE and handler.answered and not handler.has_input()
                 if idle or activity is Activity.TUNNEL:
                     self._end(handler)
@@ -2786,89 +2609,70 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def end_silent(self) -> None:
         """End the connections that still have no request in hand."""
         with self._lock:
-            for handler, activity in list(self._activities.items()):
+            for handler, activity in self._activities.items():
                 if activity is Activity.IDLE:
                     self._end(handler)
 
     def wait_until_closed(self, deadline: float) -> bool:
         """Wait for all connections to close; False if some are left at the deadline."""
         with self._lock:
-            return self._closed.wait_for(lambda: not self._connections, max(0.0, deadline - time.monotonic()))
+            return self._lock.wait_for(lambda: not self._connections, max(0.0, deadline - time.monotonic()))
 
     # Counters
 
     def count_relayed(self, status: int) -> None:
         """A request was relayed to its end."""
         with self._lock:
-            self._relayed[min(status // 100, 5)] += 1
+            self._relayed[f"{min(status // 100, 5)}xx"] += 1
 
     def count_backend_error(self) -> None:
         """The backend gave no (whole) answer to a relayed request."""
         with self._lock:
-            self._backend_errors += 1
+            self._counts["backend_errors"] += 1
 
     def counters(self) -> dict[str, Any]:
         """Requests by status class, backend errors, connections."""
         with self._lock:
-            return {
-                "relayed": {f"{status_class}xx": self._relayed[status_class] for status_class in range(1, 6)},
-                "backend_errors": self._backend_errors,
-                "tunnels": sum(activity is Activity.TUNNEL for activity in self._activities.values()),
-                "connections": len(self._activities),
-                "refused_connections": self._refused,
-            }
+            activities = [activity for activity in self._activities.values() if activity]
+            here = {"connections": len(activities), "tunnels": activities.count(Activity.TUNNEL)}
+            return {"relayed": dict(self._relayed), **self._counts, **here}
 
 
 # Operation: systemd, the status page, metrics, -check. They look at the others; nothing depends on them.
 
 
-class Systemd:
-    """Talks to the service manager by its notify socket (sd_notify(3)); does nothing where there is none."""
+def notify(text: str, *descriptors: int) -> None:
+    """Tell the service manager, if there is one, by its socket (sd_notify(3)), with descriptors for its store."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.setblocking(False)  # one that does not listen must not hold up anything
+        manager.connect(re.sub("^@", "\0", path))
+        socket.send_fds(manager, [text.encode()], list(descriptors))
 
-    def __init__(self, path: str | None) -> None:
-        self._path = "\0" + path[1:] if path and path.startswith("@") else path
-        self._status = ""
 
-    def send(self, text: str, *descriptors: int) -> None:
-        """Send assignments, with descriptors for the store."""
-        if not self._path:
-            return
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.setblocking(False)  # a manager that does not listen must not hold up anything
-            notify.connect(self._path)
-            socket.send_fds(notify, [text.encode()], list(descriptors))
-
-    def status(self, text: str) -> None:
-        """The line that `systemctl status` shows."""
-        if text != self._status:
-            self._status = text
-            self.send(f"STATUS={printable(text)}")  # a client's text must not become another assignment
-
-    def keep(self, listener: socket.socket) -> None:
-        """Put the listening socket into the descriptor store, so that it outlives this process at a restart."""
-        self.send("FDSTORE=1\nFDNAME=listen", listener.fileno())
-
-    def take_back(self, address: tuple[str, int]) -> socket.socket | None:
-        """The listening socket that the store kept (sd_listen_fds(3)), if it is still the one that is wanted."""
-        if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
-            return None
-        listener = socket.socket(fileno=3)
-        listener.set_inheritable(False)
+def open_listener(address: tuple[str, int]) -> socket.socket:
+    """The listening socket that the service manager has kept across a restart (sd_listen_fds(3)), if it is still the one
+    that is wanted, or else a new one, which it keeps from now on. Raises ListenError."""
+    if (os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS")) == (str(os.getpid()), "1"):
+        kept = socket.socket(fileno=3)
         with contextlib.suppress(OSError):
-            if listener.getsockname() == resolve(address)[1]:
-                return listener
-        # Removal takes the manager a moment, and until then its copy would keep the port.
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        self.send("FDSTOREREMOVE=1\nFDNAME=listen")
-        listener.close()
-        return None
+            if kept.getsockname() == resolve(address)[1]:
+                return kept
+            # Removal takes the manager a moment, and until then its copy would keep the port.
+            kept.shutdown(socket.SHUT_RDWR)
+        notify("FDSTOREREMOVE=1\nFDNAME=listen")
+        kept.close()
+    listener = listen_on(address)
+    notify("FDSTORE=1\nFDNAME=listen", listener.fileno())
+    return listener
 
 
-def status_line(clones: CloneQueue, backend: Backend) -> str:
+def status_line(server: ProxyServer) -> str:
     """What the queue does, in one line."""
-    running, seconds, waiting, totals = clones.counts()
-    problem = backend.problem()
+    running, seconds, waiting, totals = server.clones.counts()
+    problem = server.backend.problem()
     doing = f"PVE unreachable for {problem[1]:.0f}s, " if problem else ""
     doing += f"cloning {running.node}/{running.source} for {seconds:.1f}s" if running else "idle"
     return f"{doing}, {waiting} waiting; {totals['completed']} done, {totals['failed']} failed"
@@ -2876,9 +2680,7 @@ def status_line(clones: CloneQueue, backend: Backend) -> str:
 
 def metrics(snapshot: dict[str, Any]) -> str:
     """The Prometheus text format of a snapshot."""
-    totals, waits, runs = snapshot["totals"], snapshot["wait_seconds"], snapshot["clone_seconds"]
-    outcomes = {f'{{outcome="{outcome}"}}': totals[outcome] for outcome in OUTCOMES}
-    relayed = {f'{{status="{name}"}}': count for name, count in snapshot["relayed"].items()}
+    totals, waits, runs, relayed = (snapshot[key] for key in ("totals", "wait_seconds", "clone_seconds", "relayed"))
     families: list[tuple[str, str, str, Any]] = [
         ("build_info", "gauge", "The version that runs.", {f'{{version="{VERSION}"}}': 1}),
         ("backend_up", "gauge", "Whether PVE can be reached.", int(not snapshot["problem"])),
@@ -2886,22 +2688,24 @@ def metrics(snapshot: dict[str, Any]) -> str:
         ("queue_limit", "gauge", "Clones that may wait.", snapshot["queue_size"]),
         ("oldest_wait_seconds", "gauge", "Time that the oldest waiting clone has waited.", waits["oldest"]),
         ("running", "gauge", "Clones that run.", int(snapshot["running"] is not None)),
-        ("clones_total", "counter", "Clones by outcome.", outcomes),
+        ("clones_total", "counter", "Clones by outcome.", {f'{{outcome="{name}"}}': totals[name] for name in OUTCOMES}),
         ("lock_retries_total", "counter", "Tries put off: a lock held elsewhere, or PVE away.", totals["lock_retries"]),
         ("wait_seconds", "summary", "Time in the queue.", {"_sum": waits["sum"], "_count": waits["count"]}),
         ("clone_seconds", "summary", "Time of tasks that ran.", {"_sum": runs["sum"], "_count": runs["count"]}),
-        ("relayed_requests_total", "counter", "Relayed requests by status class.", relayed),
+        ("relayed_requests_total", "counter", "Relayed requests by status class.",
+         {f'{{status="{name}"}}': count for name, count in relayed.items()}),
         ("backend_errors_total", "counter", "Relayed requests without a whole answer.", snapshot["backend_errors"]),
         ("open_tunnels", "gauge", "Open WebSockets.", snapshot["tunnels"]),
         ("connections", "gauge", "Open client connections.", snapshot["connections"]),
         ("refused_connections_total", "counter", "Connections too many.", snapshot["refused_connections"]),
-    ]
-    lines: list[str] = []
-    for name, kind, text, samples in families:
+    ]  # fmt: skip
+    text = ""
+    for name, kind, meaning, value in families:
         name = f"pve_clone_queue_{name}"
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{labels} {value}" for labels, value in (samples if isinstance(samples, dict) else {"": samples}).items()]
-    return "\n".join(lines) + "\n"
+        text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+        for labels, sample in value.items() if isinstance(value, dict) else [("", value)]:
+            text += f"{name}{labels} {sample}\n"
+    return text
 
 
 STATUS_STYLE = """
@@ -3006,27 +2810,36 @@ STATUS_PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><ti
 <noscript>Without JavaScript, see status.json.</noscript><script>{STATUS_SCRIPT}</script></body></html>
 """
 _SCRIPT_HASH = base64.b64encode(hashlib.sha256(STATUS_SCRIPT.encode()).digest()).decode()
-STATUS_POLICY = (
-    f"default-src 'none'; script-src 'sha256-{_SCRIPT_HASH}'; style-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+STATUS_FIELDS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{_SCRIPT_HASH}'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
 
 
-class StatusServer(http.server.ThreadingHTTPServer):
+MAX_STATUS_CONNECTIONS = 16
+
+
+class StatusServer(ListeningServer):
     """The listener of -status-listen."""
 
-    daemon_threads = True
-
     def __init__(self, listener: socket.socket, proxy: ProxyServer) -> None:
-        super().__init__(listener.getsockname()[:2], StatusHandler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener
+        super().__init__(listener, StatusHandler)
         self.proxy = proxy
         self._started_at = time.monotonic()
+        self._places = threading.BoundedSemaphore(MAX_STATUS_CONNECTIONS)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A reader that breaks off is no news."""
-        log.debug("a connection to the status page ended: %s", sys.exc_info()[1])
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Take a place: slow readers of the page must not cost the API its threads and descriptors."""
+        return self._places.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Give the place back at the end."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def snapshot(self) -> dict[str, Any]:
         """The queue's and the proxy's figures."""
@@ -3044,12 +2857,6 @@ class StatusServer(http.server.ThreadingHTTPServer):
             **self.proxy.counters(),
         }
 
-    def health(self) -> str:
-        """What is wrong, or "" if PVE can be reached. (The worker lives as long as the process: start_vital_thread.)"""
-        self.proxy.backend.look()
-        problem = self.proxy.backend.problem()
-        return f"{self.proxy.settings.backend} can't be reached: {problem[0]}" if problem else ""
-
 
 class StatusHandler(http.server.BaseHTTPRequestHandler):
     """Answers `/`, `/status.json`, `/metrics` and `/healthz`, and closes."""
@@ -3062,65 +2869,62 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a GET or HEAD."""
-        path = self.path.partition("?")[0]
-        if path == "/":
-            self._send("text/html;charset=UTF-8", STATUS_PAGE)
-        elif path == "/status.json":
-            self._send("application/json", json.dumps(self.server.snapshot()))
-        elif path == "/metrics":
-            self._send("text/plain; version=0.0.4; charset=utf-8", metrics(self.server.snapshot()))
-        elif path == "/healthz":
-            problem = self.server.health()
-            self._send("text/plain;charset=UTF-8", (problem or "ok") + "\n", 503 if problem else 200)
-        else:
-            self.send_error(404, "there is no such page")
-
-    do_HEAD = do_GET
-
-    def _send(self, kind: str, text: str, status: int = 200) -> None:
+        status = 200
+        match self.path.partition("?")[0]:
+            case "/":
+                kind, text = "text/html;charset=UTF-8", STATUS_PAGE
+            case "/status.json":
+                kind, text = "application/json", json.dumps(self.server.snapshot())
+            case "/metrics":
+                kind, text = "text/plain; version=0.0.4; charset=utf-8", metrics(self.server.snapshot())
+            case "/healthz":
+                kind, text = "text/plain;charset=UTF-8", "ok\n"
+                backend = self.server.proxy.backend
+                backend.look()
+                # The worker need not be looked at: the process ends with it.
+                if problem := backend.problem():
+                    status, text = 503, f"{self.server.proxy.settings.backend} can't be reached: {problem[0]}\n"
+            case _:
+                self.send_error(404, "there is no such page")
+                return
         body = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Content-Security-Policy", STATUS_POLICY)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **STATUS_FIELDS}.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    do_HEAD = do_GET
 
 
 def _check_certificate(settings: Settings) -> str:
     if not server_tls(settings):
         return "none: the listener speaks plain HTTP"
-    with open(settings.tls_cert) as file:
-        certificate = re.search("-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----", file.read())
-    der = ssl.PEM_cert_to_DER_cert(certificate[0]) if certificate else b""
+    text = Path(settings.tls_cert).read_text("latin-1")  # there may be any text around the certificates
+    certificate = re.findall("-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]+)", text)[0]
     # RFC 5280 4.1.2.5: the second time in a certificate is its notAfter, with a year of two digits or four.
-    times = re.findall(rb"\x17\x0d([0-9]{12}Z)|\x18\x0f([0-9]{14}Z)", der)
-    text = ("20" + times[1][0].decode() if times[1][0] else times[1][1].decode()) if len(times) > 1 else ""
-    days = (calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")) - time.time()) / 86400 if text else 0
+    times = re.findall(rb"(?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z", base64.b64decode(certificate))
+    ends = time.strptime(("20" + times[1].decode())[-14:], "%Y%m%d%H%M%S")
+    days = (calendar.timegm(ends) - time.time()) / 86400
     if days < 0:
         raise FlagError(f"{settings.tls_cert} has expired; renew it, then restart the service")
     return f"{settings.tls_cert} and its key fit, valid for {days:.0f} days more"
 
 
 def _holder(port: int) -> str:
-    """Says which process of this program's name listens on a port of this host; "" if none is seen to."""
-    tables = [line.split() for name in ("tcp", "tcp6") for line in _lines(f"/proc/net/{name}")]
-    inodes = {f"socket:[{row[9]}]" for row in tables if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
-    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+    """The process of this program's that runs as the user whose socket listens on a port of this host; "" if none is
+    seen to. (Whose descriptors they are, other users can't see.)"""
+    rows = [line.split() for path in glob.glob("/proc/net/tcp*") for line in Path(path).read_text().splitlines()]
+    users = {row[7] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            process = link.split("/")[2]
-            if os.readlink(link) in inodes and PROGRAM in "".join(_lines(f"/proc/{process}/cmdline")):
-                return f"in use by {PROGRAM}, which runs as process {process}"
+            words = [os.path.basename(word) for word in Path(path).read_text("latin-1").split("\0")]
+            named = words[0] == PROGRAM or (words[0].startswith("python") and PROGRAM in words[1:4])
+            process = path.split("/")[2]
+            if named and str(os.stat(path).st_uid) in users and process != str(os.getpid()):
+                return process
     return ""
-
-
-def _lines(path: str) -> list[str]:
-    with contextlib.suppress(OSError), open(path, errors="replace") as file:
-        return file.readlines()
-    return []
 
 
 def _check_listen(address: tuple[str, int] | None) -> str:
@@ -3129,8 +2933,8 @@ def _check_listen(address: tuple[str, int] | None) -> str:
     try:
         listen_on(address).close()
     except ListenError:
-        if holder := _holder(address[1]):
-            return f"{host_port(*address)} is {holder}"
+        if process := _holder(address[1]):
+            return f"{host_port(*address)} is in use by {PROGRAM}, which runs as process {process}"
         raise
     return f"{host_port(*address)} can be listened on"
 
@@ -3144,30 +2948,30 @@ def _check_pve(settings: Settings) -> str:
     return f"{settings.backend} answers" + (f", its certificate {verified}" if backend.context else "")
 
 
-def _check_proc(_: Settings) -> str:
-    if os.path.exists("/proc/1/stat"):
+def _check_processes(path: str) -> str:
+    if os.path.exists(path):
         return "the processes of tasks on this host are seen, and so is their end"
     return "/proc shows no processes of other users: the end of tasks is seen by polling only"
 
 
 def check(settings: Settings) -> int:
     """Do all that a start does without serving, and say a line for each: 0 if nothing failed, or 1."""
-    checks: list[tuple[str, Callable[[Settings], str]]] = [
-        ("flags", lambda settings: "understood"),
-        ("certificate", _check_certificate),
-        ("-listen", lambda settings: _check_listen(settings.listen)),
-        ("-status-listen", lambda settings: _check_listen(settings.status_listen)),
-        ("PVE", _check_pve),
-        ("tasks", _check_proc),
+    print("ok    flags: understood")
+    checks: list[tuple[str, Callable[[Any], str], Any]] = [
+        ("certificate", _check_certificate, settings),
+        ("-listen", _check_listen, settings.listen),
+        ("-status-listen", _check_listen, settings.status_listen),
+        ("PVE", _check_pve, settings),
+        ("tasks", _check_processes, "/proc/1/stat"),
     ]
-    failed = 0
-    for name, look in checks:
+    status = 0
+    for name, look, subject in checks:
         try:
-            print(f"ok    {name}: {look(settings)}")
+            print(f"ok    {name}: {look(subject)}")
         except (FlagError, ListenError, BackendError) as error:
-            failed += 1
             print(f"FAIL  {name}: {error}")
-    return int(failed > 0)
+            status = 1
+    return status
 
 
 # main
@@ -3176,12 +2980,10 @@ LOG_LINES = 10_000  # that may wait to be written; more are dropped, counted, an
 LOG_FLUSH_SECONDS = 1.0
 
 
-class _LogQueue(logging.handlers.QueueHandler):
+class LogQueue(logging.handlers.QueueHandler):
     """Hands lines to the thread that writes them: where nobody reads stderr, only that one waits."""
 
-    def __init__(self, lines: queue.Queue[Any]) -> None:
-        super().__init__(lines)
-        self._dropped = 0  # guarded by the handler's own lock, which `handle` holds
+    _dropped = 0  # guarded by the handler's own lock, which `handle` holds
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Called by `handle`; never waits."""
@@ -3195,81 +2997,71 @@ class _LogQueue(logging.handlers.QueueHandler):
             self._dropped += 1
 
 
-class _LogWriter(logging.handlers.QueueListener):
-    """The thread that writes lines to stderr."""
-
-    def __init__(self, lines: queue.Queue[Any], handler: logging.Handler) -> None:
-        super().__init__(lines, handler)
-        self.lines = lines
-
-    def enqueue_sentinel(self) -> None:
-        """Called by `stop`; waits for room, other than the base's."""
-        self.lines.put(None)
-
-    def flush(self) -> None:
-        """Write what is left, but do not wait for a reader who does not read."""
-        stopper = threading.Thread(target=self.stop, daemon=True)
-        stopper.start()
-        stopper.join(LOG_FLUSH_SECONDS)
-
-
-def set_up_log() -> _LogWriter:
-    """Log to stderr."""
+def set_up_log() -> queue.Queue[Any]:
+    """Log to stderr; the queue of the lines that are yet to be written."""
     logging.raiseExceptions = False  # a broken stderr is no reason to fail, or to complain to it
-    for level, priority in ((logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
+    for level, priority in ((logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3)):
         logging.addLevelName(level, f"<{priority}>")
     # For the journal its priority, otherwise a timestamp in the form of Go's log package.
     form = "%(levelname)s%(message)s" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s %(message)s"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(form, "%Y/%m/%d %H:%M:%S"))
     lines: queue.Queue[Any] = queue.Queue(LOG_LINES)
-    log.addHandler(_LogQueue(lines))
+    log.addHandler(LogQueue(lines))
     log.setLevel(logging.INFO)
-    writer = _LogWriter(lines, handler)
-    writer.start()
-    return writer
+    logging.handlers.QueueListener(lines, handler).start()
+    return lines
 
 
-def start_vital_thread(name: str, run: Callable[[], object]) -> None:
-    """Start a thread without which the program is useless: if it fails, the process ends, to be started anew."""
-
-    def live() -> None:
-        try:
-            run()
-        except BaseException:
-            log.exception("the %s thread failed", name)
-            time.sleep(LOG_FLUSH_SECONDS)
-            os._exit(1)
-
-    threading.Thread(target=live, name=name, daemon=True).start()
+def run_vital(run: Callable[..., object], *arguments: Any) -> None:
+    """The life of a thread without which the program is useless: if it fails, the process ends, to be started anew."""
+    try:
+        run(*arguments)
+    except BaseException:
+        log.exception("the %s thread failed", threading.current_thread().name)
+        time.sleep(LOG_FLUSH_SECONDS)
+        os._exit(1)
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HOUSEKEEPING_SECONDS = 0.25
 SHUTDOWN_POLL_SECONDS = 0.1  # how often the accepting thread looks whether it should end
 
 
-def serve(server: ProxyServer, worker: CloneWorker, status: StatusServer | None, systemd: Systemd) -> None:
-    """Run until SIGTERM or SIGINT. (SIGHUP is ignored: a restart refuses nobody.)"""
-    start_vital_thread("clone worker", worker.run)
-    start_vital_thread("accept", lambda: server.serve_forever(SHUTDOWN_POLL_SECONDS))
-    if status:
-        threading.Thread(target=status.serve_forever, name="status", daemon=True).start()
+def serve_status(address: tuple[str, int], proxy: ProxyServer) -> None:
+    """Serve the status page, whose absence must never cost the API."""
+    try:
+        status = StatusServer(listen_on(address), proxy)
+    except ListenError as error:
+        log.warning("no status page: %s", error)
+        return
+    log.info("STATUS PAGE: %s", status.address)
+    if not status.is_local:
+        log.warning("the status page on %s shows nodes, VMIDs and token names", status.address)
+    threading.Thread(target=status.serve_forever, name="status", daemon=True).start()
+
+
+def serve(server: ProxyServer) -> None:
+    """Run until SIGTERM or SIGINT."""
+    worker = CloneWorker(server.settings, server.backend, server.clones, server.reservations.release)
+    threading.Thread(target=run_vital, args=[worker.run], name="clone worker", daemon=True).start()
+    threading.Thread(target=run_vital, args=[server.serve_forever, SHUTDOWN_POLL_SECONDS], name="accept", daemon=True).start()
     threading.Thread(target=server.backend.look, name="look", daemon=True).start()
-    systemd.send("READY=1")
-    received = None
-    while not received or received.si_signo == signal.SIGHUP:
-        received = signal.sigtimedwait(SIGNALS, HOUSEKEEPING_SECONDS)
+    notify("READY=1")
+    status = ""
+    while not signal.sigtimedwait(SIGNALS, HOUSEKEEPING_SECONDS):
         server.backend.prune()
         server.clones.look_around()
-        systemd.status(status_line(server.clones, server.backend))
+        before, status = status, printable(status_line(server))  # a client's text must not become another assignment
+        if status != before:
+            notify(f"STATUS={status}")
 
 
-def stop(server: ProxyServer, systemd: Systemd) -> None:
+def stop(server: ProxyServer) -> None:
     """End in good order: nobody who was accepted is left without an answer. A second signal ends it at once."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     log.info("shutting down")
-    systemd.send("STOPPING=1")
+    notify("STOPPING=1")
     begin = time.monotonic()
     server.shutdown()
     server.server_close()
@@ -3283,24 +3075,8 @@ def stop(server: ProxyServer, systemd: Systemd) -> None:
     server.wait_until_closed(time.monotonic() + 2)
 
 
-def listen(settings: Settings, systemd: Systemd) -> tuple[socket.socket, socket.socket | None]:
-    """The proxy's listening socket, and the status page's, whose absence must never cost the API. Raises ListenError."""
-    listener = systemd.take_back(settings.listen)
-    if not listener:
-        listener = listen_on(settings.listen)
-        systemd.keep(listener)
-    if not settings.status_listen:
-        return listener, None
-    try:
-        return listener, listen_on(settings.status_listen)
-    except ListenError as error:
-        log.warning("no status page: %s", error)
-        return listener, None
-
-
 def run(arguments: list[str]) -> int:
     """Run the program, its log set up; its exit status."""
-    systemd = Systemd(os.environ.get("NOTIFY_SOCKET"))
     try:
         settings = parse_flags(arguments)
         if settings.check:
@@ -3308,27 +3084,18 @@ def run(arguments: list[str]) -> int:
             return check(settings)
         backend = Backend(settings)
         tls = server_tls(settings)
-        listener, status_listener = listen(settings, systemd)
-    except FlagError as error:
+        # Last: a socket that is kept while no start succeeds would make clients hang.
+        server = ProxyServer(open_listener(settings.listen), settings, backend, tls)
+    except (FlagError, ListenError) as error:
         log.error("%s: %s", PROGRAM, error)
-        return 2
-    except ListenError as error:
-        log.error("%s: %s", PROGRAM, error)
-        return 1
-    clones = CloneQueue(settings)
-    reservations = Reservations(settings.reserve_nextid, clones)
-    worker = CloneWorker(settings, backend, clones, reservations.release)
-    server = ProxyServer(listener, settings, backend, clones, reservations, tls)
-    status = StatusServer(status_listener, server) if status_listener else None
-    log.info("LISTENING: %s backend=%s", address_text(listener), settings.backend)
-    if not tls and not is_local(listener):
-        log.warning("listening on %s without TLS: PVE credentials travel in clear text", address_text(listener))
-    if status_listener:
-        log.info("STATUS PAGE: %s", address_text(status_listener))
-        if not is_local(status_listener):
-            log.warning("the status page on %s shows nodes, VMIDs and token names", address_text(status_listener))
-    serve(server, worker, status, systemd)
-    stop(server, systemd)
+        return 2 if isinstance(error, FlagError) else 1
+    log.info("LISTENING: %s backend=%s", server.address, settings.backend)
+    if not tls and not server.is_local:
+        log.warning("listening on %s without TLS: PVE credentials travel in clear text", server.address)
+    if settings.status_listen:
+        serve_status(settings.status_listen, server)
+    serve(server)
+    stop(server)
     return 0
 
 
@@ -3338,18 +3105,17 @@ def main(arguments: list[str]) -> int:
     # Blocked here and in every thread, to be taken by sigtimedwait: no handler can interrupt what holds a lock.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # for `stop`, not Python's own handler
-    writer = set_up_log()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is read again: a restart refuses nobody
+    lines = set_up_log()
     try:
         return run(arguments)
-    finally:
-        writer.flush()
+    finally:  # write what is left, but do not wait for a reader who does not read
+        with lines.all_tasks_done:
+            lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, LOG_FLUSH_SECONDS)
 
 
 if __name__ == "__main__":
-    try:
-        exit_status = main(sys.argv[1:])
-        sys.stdout.flush()
-    except SystemExit as ended:  # argparse's -help and -version
-        sys.exit(ended.code)
+    exit_status = main(sys.argv[1:])
+    sys.stdout.flush()
     # Without the interpreter's own shutdown, which fails when a daemon thread happens to be writing to stderr.
     os._exit(exit_status)
