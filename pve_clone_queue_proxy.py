@@ -2511,7 +2511,7 @@ class ProxyServer(ListeningServer):
 
     `_lock` guards the counters and `_activities`: what each connection does, in the order in which they began to do so.
     When a connection too many arrives, the oldest without a request in hand is ended in its favour, or the slowest of those
-    that drip a body: slow or silent clients can't keep others out.
+    that drip a body or do not take an answer: slow or silent clients can't keep others out.
     """
 
     def __init__(self, listener: socket.socket, settings: Settings, backend: Backend, tls: ssl.SSLContext | None) -> None:
@@ -2569,7 +2569,7 @@ class ProxyServer(ListeningServer):
     def enter(self, handler: ProxyHandler, activity: Activity) -> bool:
         """Note what a connection does from now on; False if it has been ended, or should end now."""
         with self._lock:
-            if not self._activities[handler]:
+            if not self._activities.get(handler):  # a body's reader may be closed behind the connection's end
                 return False
             del self._activities[handler]
             self._activities[handler] = activity
@@ -2587,8 +2587,8 @@ class ProxyServer(ListeningServer):
     def _make_room(self) -> bool:
         """End a connection in favour of a new one; False if there is none that could be."""
         idle = [handler for handler, activity in self._activities.items() if activity is Activity.IDLE]
-        reading = [handler for handler, activity in self._activities.items() if activity is Activity.TRANSFER]
-        slow = [handler for handler in reading if handler.paid_until < time.monotonic()]
+        moving = [handler for handler, activity in self._activities.items() if activity is Activity.TRANSFER]
+        slow = [handler for handler in moving if handler.paid_until < time.monotonic()]
         candidates = idle + sorted(slow, key=lambda handler: handler.paid_until)
         if candidates:
             self._end(candidates[0])
