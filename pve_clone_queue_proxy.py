@@ -223,10 +223,8 @@ def parse_flags(arguments: list[str]) -> Settings:
 # The grammar. Text is latin-1, as in http.client and http.server.
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 5.6.2
 VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]"  # RFC 9110 5.5, without control characters
-# RFC 9112 5: a name, a colon directly behind it, a value; with its CRLF. The value's outer blanks are stripped later:
-# optional blanks in the pattern could backtrack.
-FIELD = re.compile(rf"({TOKEN}+):({VALUE}*)\r\n")
-FIELDS = re.compile(rf"(?:{TOKEN}++:{VALUE}*+\r\n)*+")
+# RFC 9112 5: a whole line with its CRLF: a name, a colon directly behind it, a value without its outer blanks.
+FIELD = re.compile(rf"^({TOKEN}++):[ \t]*+((?:{VALUE}*[^\x00-\x20\x7f])?)[ \t]*+\r\n", re.MULTILINE)
 # RFC 9112 2.2: bare CR and bare LF are refused, and so are control bytes. Seen as soon as they arrive.
 BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 # RFC 9112 3: one blank between the parts; RFC 3986: a target is visible ASCII, and a fragment is never sent.
@@ -240,7 +238,8 @@ STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*)
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9110 8.6
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # RFC 9112 7.1, 7.1.1
 # RFC 9110 15.2: whole interim answers, of which an upgrade (101) is none.
-INTERIM = re.compile(rf"\A(?:HTTP/1\.[01] 1(?!01)[0-9]{{2}}(?: [\t -~\x80-\xff]*)?\r\n(?:{FIELD.pattern})*+\r\n)*".encode())
+_INTERIM = rf"\A(?:HTTP/1\.[01] 1(?!01)[0-9]{{2}}(?: [\t -~\x80-\xff]*)?\r\n(?:{FIELD.pattern})*+\r\n)*"
+INTERIM = re.compile(_INTERIM.encode(), re.MULTILINE)
 INTERIM_BEGIN = b"HTTP/1.1 1"
 
 MAX_LINE = 16 * 1024
@@ -330,32 +329,17 @@ class Wire:
         self.pending = sock.pending if isinstance(sock, ssl.SSLSocket) else int
         self._poll = select.poll()
 
-    def wait(self, events: int) -> None:
-        """Wait until the socket is ready, the one way to wait for it."""
-        if events == select.POLLIN and self.pending():
-            return
-        deadline = self._deadline()
-        while not self._is_ready(events, deadline):
-            pass
-
     def _deadline(self) -> float:
         return time.monotonic() + self.silence if self.end is None else self.end
 
-    def _is_ready(self, events: int, deadline: float) -> bool:
-        """Wait a moment, CHECK_SECONDS at most."""
+    def _wait(self, events: int, deadline: float) -> None:
+        """Wait a moment for the socket to be ready, the one way to wait for it."""
         self._poll.register(self.sock, events)
         seconds = deadline - time.monotonic()
         if seconds <= 0:
             raise Stalled
-        if self._poll.poll(min(seconds, CHECK_SECONDS) * 1000):
-            return True
-        if self.check:
+        if not self._poll.poll(min(seconds, CHECK_SECONDS) * 1000) and self.check:
             self.check()
-        return False
-
-    def holds_more(self) -> bool:
-        """Whether bytes have been received that nobody has asked for; TLS may hold some too."""
-        return bool(self.buffer or self.pending())
 
     def readable(self) -> bool:
         """Whether a byte, the end or an error has arrived that has not been received yet."""
@@ -376,16 +360,14 @@ class Wire:
             raise EndOfStream("the connection was closed")
         return data
 
-    def receive(self, size: int = RECEIVE_SIZE) -> bytes:
-        """At least one byte, at most `size`."""
-        while (data := self.receive_now(size)) is None:
-            self.wait(select.POLLIN)
+    def receive(self, size: int = RECEIVE_SIZE, *, later: bool = False) -> bytes:
+        """At least one byte, at most `size`; `later` than now, if the peer has just been spoken to."""
+        deadline = self._deadline()
+        data = None if later and not self.pending() else self.receive_now(size)
+        while data is None:
+            self._wait(select.POLLIN, deadline)
+            data = self.receive_now(size)
         return data
-
-    def await_more(self) -> None:
-        """Wait first, since who has just been spoken to can't have answered yet; then receive into `buffer`."""
-        self.wait(select.POLLIN)
-        self.buffer += self.receive()
 
     def head(self) -> str:
         """A start line and field lines, each with its CRLF, up to their empty line. Raises Malformed."""
@@ -393,7 +375,7 @@ class Wire:
         size, end = 0, -1  # of what has been looked through; where the empty line is
         while end < 0:
             if size == len(buffer):
-                self.await_more()
+                buffer += self.receive(later=True)
             end = buffer.find(b"\r\n\r\n", max(0, size - 3))
             if end < 0 and BAD_HEAD_BYTE.search(buffer, max(0, size - 1)):
                 raise Malformed(400, "a control byte, bare CR or bare LF in the head (RFC 9112 2.2)")
@@ -463,9 +445,9 @@ class Wire:
                 left = left[self.sock.send(left) :]
                 deadline = None
             except WOULD_BLOCK:
-                # Tried again every moment: a full buffer counts as writable only when a third of its megabytes is free.
+                # For a moment: a full buffer counts as writable only when a third of its megabytes is free.
                 deadline = deadline or self._deadline()
-                self._is_ready(select.POLLOUT, deadline)
+                self._wait(select.POLLOUT, deadline)
             except OSError as error:
                 raise Disconnected(reason_of(error)) from None
 
@@ -497,17 +479,20 @@ def whole(pieces: Iterable[bytes], limit: int, too_large: Refusal) -> bytes:
 
 
 class Message:
-    """A head's field lines, checked: `fields` in their order, their names as they came; `values` by lower-case name."""
+    """A head's field lines, checked: `fields` in their order, their names as they came; `values` by lower-case name;
+    `options`, the elements of Connection; `keep_alive`, whether the connection may be used again (RFC 9112 9.3)."""
 
     def __init__(self, block: str, http11: bool) -> None:
         """Parse field lines, each ended by CRLF. Raises Malformed."""
-        self.http11 = http11
-        if not FIELDS.fullmatch(block):
-            raise Malformed(400, _what_is_wrong(block))
-        self.fields: Fields = [(name, value.strip(" \t")) for name, value in FIELD.findall(block)]
+        self.fields: Fields = FIELD.findall(block)
+        if len(self.fields) != block.count("\n"):
+            raise Malformed(400, "a malformed header line: folded, or a blank before its colon, say (RFC 9112 5)")
         self.values: dict[str, list[str]] = {}
         for name, value in self.fields:
             self.values.setdefault(name.lower(), []).append(value)
+        self.http11 = http11
+        self.options = self.tokens("connection") if "connection" in self.values else set()
+        self.keep_alive = "close" not in self.options and (http11 or "keep-alive" in self.options)
 
     def one(self, name: str) -> str | None:
         """The value of a field that may stand once; None without it. Raises Malformed if it stands twice."""
@@ -523,8 +508,8 @@ class Message:
     def end_to_end(self, drop: frozenset[str]) -> Fields:
         """The fields that go on to the next hop (RFC 9110 7.6.1): without those in `drop` and those that a Connection
         field names."""
-        if "connection" in self.values:
-            drop = drop | (self.tokens("connection") - PROTECTED)
+        if self.options:
+            drop = drop | (self.options - PROTECTED)
         return [(name, value) for name, value in self.fields if name.lower() not in drop]
 
     def framing(self, otherwise: int) -> int:
@@ -544,22 +529,6 @@ class Message:
         if not CONTENT_LENGTH.fullmatch(length):
             raise Malformed(400, "Content-Length is not a number")
         return int(length)
-
-    @property
-    def keep_alive(self) -> bool:
-        """Whether the connection may be used again (RFC 9112 9.3)."""
-        options = self.tokens("connection") if "connection" in self.values else ()
-        return "close" not in options and (self.http11 or "keep-alive" in options)
-
-
-def _what_is_wrong(block: str) -> str:
-    """Why a block of field lines was refused: the reason of the first bad line."""
-    line = next((line for line in block.split("\r\n") if line and not FIELD.fullmatch(line + "\r\n")), "")
-    if line[:1] in (" ", "\t"):
-        return "line folding in the header (RFC 9112 5.2)"
-    if re.match(rf"{TOKEN}+[ \t]+:", line):
-        return "a blank before a header line's colon (RFC 9112 5.1)"
-    return "a malformed header line (RFC 9112 5)"
 
 
 class Request(Message):
@@ -590,7 +559,7 @@ class Request(Message):
             raise Malformed(417, "an Expect other than 100-continue")
         # Other upgrades are not offered to the backend: behind an h2c upgrade, say, clones would pass unseen.
         upgrade = "upgrade" in self.values and (self.method, self.http11, self.length) == ("GET", True, 0)
-        self.upgrade = upgrade and self.tokens("upgrade") == {"websocket"} and "upgrade" in self.tokens("connection")
+        self.upgrade = upgrade and self.tokens("upgrade") == {"websocket"} and "upgrade" in self.options
 
     def path_parts(self) -> list[str]:
         """The path as PVE reads it: percent-decoded, then split on `/`, empty parts dropped. Line feeds at its end are
@@ -681,7 +650,7 @@ POOL_SECONDS = 4.0
 POOL_SIZE = 64
 MAX_ANSWER = 1024 * 1024
 MAX_INTERIM = 10
-REACH_SECONDS = 1.0  # between two tries to reach a backend that is away
+LOOK_SECONDS = 1.0  # between two looks at idle connections, and for a backend that is away
 
 
 class BackendError(Refusal):
@@ -689,7 +658,11 @@ class BackendError(Refusal):
 
 
 class Unreachable(BackendError):
-    """No connection could be made: nothing was sent."""
+    """No connection could be made, for this `problem`: nothing was sent."""
+
+    def __init__(self, status: int, address: BackendAddress, problem: str) -> None:
+        super().__init__(status, f"{address} can't be reached: {problem}")
+        self.problem = problem
 
 
 class Away(Unreachable):
@@ -807,7 +780,7 @@ class BackendResponse:
         it, where PVE said close."""
         connection, head = self.connection, self.head
         delimited = head.keep_alive and head.length != UNTIL_CLOSE and head.status != 101
-        if connection.reusable and delimited and self.isclosed() and not self.wire.holds_more():
+        if connection.reusable and delimited and self.isclosed() and not (self.wire.buffer or self.wire.pending()):
             connection.backend.keep(connection)
         else:
             connection.close()
@@ -831,9 +804,9 @@ class BackendConnection(http.client.HTTPConnection):
         except (OSError, UnicodeError) as error:
             self.close()
             if isinstance(error, TimeoutError):
-                raise Away(504, f"{backend.address} did not accept a connection within {seconds:g} s") from None
+                raise Away(504, backend.address, f"it did not accept a connection within {seconds:g} s") from None
             lasting = isinstance(error, (ssl.SSLError, socket.gaierror, UnicodeError)) and not isinstance(error, ssl.SSLEOFError)
-            raise (Unreachable if lasting else Away)(502, f"{backend.address} can't be reached: {reason_of(error)}") from None
+            raise (Unreachable if lasting else Away)(502, backend.address, reason_of(error)) from None
         self.sock = self.wire = Wire(self.sock, backend.silence)
 
     def exchange(self, outgoing: Outgoing, check: Check | None, end: float | None) -> BackendResponse:
@@ -896,8 +869,8 @@ class BackendConnection(http.client.HTTPConnection):
 class Backend:
     """The PVE API.
 
-    `_lock` guards `_idle`, the stack of idle connections (the newest on top), `_problem`, why and since when the
-    API can't be reached (None if it can), and `_looking`, whether a thread waits for its return.
+    `_lock` guards `_idle`, the stack of idle connections (the newest on top), and `_problem`, why and since when the API
+    can't be reached (None if it can).
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -909,7 +882,6 @@ class Backend:
         self._lock = threading.Lock()
         self._idle: list[BackendConnection] = []
         self._problem: tuple[str, float] | None = None
-        self._looking = False
 
     def open(self, outgoing: Outgoing, check: Check | None = None, seconds: float | None = None) -> BackendResponse:
         """Send a request and read the head of its final answer; to be used in a `with`. `check` is called while the
@@ -935,7 +907,7 @@ class Backend:
         try:
             connection = BackendConnection(self, seconds or self.silence)
         except Unreachable as error:
-            self._note(error.reason.removeprefix(f"{self.address} ").removeprefix("can't be reached: "))
+            self._note(error.problem)
             raise
         self._note("")
         return connection
@@ -958,13 +930,6 @@ class Backend:
             if len(self._idle) > POOL_SIZE:
                 self._idle.pop(0).close()
 
-    def prune(self) -> None:
-        """Close the connections that have been idle for too long: the oldest lie at the bottom."""
-        oldest = time.monotonic() - POOL_SECONDS
-        with self._lock:
-            while self._idle and self._idle[0].idle_since < oldest:
-                self._idle.pop(0).close()
-
     # Whether it can be reached
 
     def problem(self) -> tuple[str, float] | None:
@@ -977,28 +942,28 @@ class Backend:
         with self._lock:
             before = self._problem
             self._problem = (problem, before[1] if before else time.monotonic()) if problem else None
-            look = bool(problem) and not self._looking
-            self._looking = self._looking or look
         if problem and not before:
             log.warning("PVE UNREACHABLE: %s: %s", self.address, problem)
         elif before and not problem:
             log.info("PVE BACK: after %.1fs", time.monotonic() - before[1])
-        if look:
-            threading.Thread(target=self._wait_until_back, name="look", daemon=True).start()
-
-    def _wait_until_back(self) -> None:
-        """Look for it, so that its return is seen without a request, too."""
-        looking = True
-        while looking:
-            time.sleep(REACH_SECONDS)
-            self.look()
-            with self._lock:
-                looking = self._looking = bool(self._problem)
 
     def look(self) -> None:
         """See whether it can be reached, and say so if that has changed."""
         with contextlib.suppress(Unreachable):
             self.connect().close()
+
+    def look_around(self) -> NoReturn:
+        """Look at the start, and then for its return while it is away, which is so seen without a request, too. Close the
+        connections that have been idle for too long."""
+        self.look()
+        while True:
+            time.sleep(LOOK_SECONDS)
+            if self.problem():
+                self.look()
+            oldest = time.monotonic() - POOL_SECONDS
+            with self._lock:
+                while self._idle and self._idle[0].idle_since < oldest:  # the oldest lie at the bottom
+                    self._idle.pop(0).close()
 
 
 # Clone queue: what PVE says, jobs, the queue, and the one worker.
@@ -2018,31 +1983,24 @@ def run_tunnel(client: Wire, backend: Wire) -> None:
     """Relay the bytes of an upgraded connection, both ways, until both sides have ended or one broke. No idle limit."""
     up, down = _Flow(client, backend), _Flow(backend, client)
     with contextlib.suppress(OSError, Disconnected):
-        while not (up.sink_ended and down.sink_ended):
+        while not (up.sink_ended and down.sink_ended) and _wait_for_flow(up, down):
             up.move()
             down.move()
-            if not _wait_for_flow(up, down):
-                return
 
 
 def _wait_for_flow(up: _Flow, down: _Flow) -> bool:
-    """Wait until something can move; False when the tunnel is over."""
+    """Wait until something can move. False when the tunnel broke, or one side has closed and the other is silent."""
     poll = select.poll()
     for flow, opposite in ((up, down), (down, up)):
+        events = (select.POLLIN if flow.wants_to_read() else 0) | (select.POLLOUT if opposite.buffer else 0)
         if flow.wants_to_read() and flow.source.pending():
             return True
-        events = select.POLLIN if flow.wants_to_read() else 0
-        poll.register(flow.source.sock, events | (select.POLLOUT if opposite.buffer else 0))
+        if events or not opposite.sink_ended:  # of one that is not wanted any more POLLHUP would come over and over
+            poll.register(flow.source.sock, events)
     half_closed = up.source_ended or down.source_ended
-    ready = dict(poll.poll(HALF_CLOSED_SECONDS * 1000 if half_closed else None))
-    for flow in (up, down):
-        events = ready.get(flow.source.sock.fileno(), 0)
-        if events & (select.POLLHUP | select.POLLERR) and not flow.wants_to_read():
-            if events & select.POLLERR or not flow.buffer:
-                return False
-            poll.unregister(flow.source.sock)  # it has closed, but what it said before has yet to be sent
-            return bool(poll.poll(HALF_CLOSED_SECONDS * 1000))
-    return bool(ready)
+    ready = poll.poll(HALF_CLOSED_SECONDS * 1000 if half_closed else None)
+    # Of a socket of which nothing is wanted now, a reset is all that is told.
+    return any(events & (select.POLLIN | select.POLLOUT) for _, events in ready)
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
@@ -2140,7 +2098,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         wire.end = time.monotonic() + (IDLE_SECONDS if self.answered else HEAD_SECONDS)
         try:
             if not wire.buffer:
-                wire.await_more()
+                wire.buffer += wire.receive(later=True)
             wire.end = time.monotonic() + HEAD_SECONDS
             head = wire.head().removeprefix("\r\n")  # RFC 9112 2.2: old clients send an empty line behind a body
         except Stalled:
@@ -2237,8 +2195,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         until_close = length < 0 and not chunked
         if until_close or self.unread or self.server.draining.is_set():
             self.close_connection = True
-        if until_close:
-            self._close_by_reset(True)
+        if until_close:  # if it is cut off, be it by the end of the process, a reset keeps it from looking whole
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if chunked:
             fields.append(CHUNKED_FIELD)
         if self.close_connection or not self.http11:
@@ -2258,19 +2216,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.wire.sendall(b"0\r\n\r\n")
         self.responding = False
         if until_close:
-            self._close_by_reset(False)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
         return sent
 
     def _respond_whole(self, answer: Answer) -> None:
         length = [("Content-Length", str(len(answer.body)))] if answer.status not in (204, 304) else []
         body = b"" if self.command == "HEAD" else answer.body
         self._respond(answer.status, answer.reason, answer.fields + length, len(answer.body), body)
-
-    def _close_by_reset(self, on: bool) -> None:
-        """An answer that ends with the connection must not look whole when it is cut off, even by the end of the
-        process."""
-        with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error and close; if an answer has begun already, cut it off."""
@@ -3046,11 +2998,10 @@ def serve(server: ProxyServer) -> None:
     worker = CloneWorker(server.settings, server.backend, server.clones, server.reservations.release)
     threading.Thread(target=run_vital, args=[worker.run], name="clone worker", daemon=True).start()
     threading.Thread(target=run_vital, args=[server.serve_forever, SHUTDOWN_POLL_SECONDS], name="accept", daemon=True).start()
-    threading.Thread(target=server.backend.look, name="look", daemon=True).start()
+    threading.Thread(target=run_vital, args=[server.backend.look_around], name="look", daemon=True).start()
     notify("READY=1")
     status = ""
     while not signal.sigtimedwait(SIGNALS, HOUSEKEEPING_SECONDS):
-        server.backend.prune()
         server.clones.look_around()
         before, status = status, printable(status_line(server))  # a client's text must not become another assignment
         if status != before:
