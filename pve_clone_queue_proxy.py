@@ -310,10 +310,9 @@ def reason_of(error: Exception) -> str:
 class Wire:
     """One peer's connection, plain or TLS, on a non-blocking socket, used by one thread at a time.
 
-    It is what http.client holds as its `sock` (`sendall`, `close`) and BaseHTTPRequestHandler as its `wfile` (`write`).
-    Whatever waits raises Disconnected when the connection is over, and Stalled after `silence` seconds without a
-    byte given or taken, or at the absolute time `end`, if that is set. `check` is called twice a second in a wait, and may
-    raise to end it. What was received beyond what was asked for stays in `buffer`.
+    It is what http.client holds as its `sock`. Whatever waits raises Disconnected when the connection is over, and Stalled
+    after `silence` seconds without a byte given or taken, or at the absolute time `end`, if that is set. `check` is called
+    twice a second in a wait, and may raise to end it. What was received beyond what was asked for stays in `buffer`.
     """
 
     def __init__(self, sock: socket.socket, silence: float) -> None:
@@ -692,12 +691,14 @@ class Outgoing:
 
     def __init__(self, method: str, target: str, fields: Fields, body: bytes | BodyReader | None = None) -> None:
         """The one place that refuses what PVE would misread: raises Refusal (431)."""
+        self.lines = "\r\n".join([f"{name}: {value}" for name, value in fields]).encode("latin-1")
         if len(fields) > MAX_OUTGOING_FIELDS:
             raise Refusal(431, f"more than {MAX_OUTGOING_FIELDS} header fields for PVE")
-        if sum(len(name) + len(value) + 4 for name, value in fields) > MAX_OUTGOING_SIZE:
+        if len(self.lines) + len("\r\n") > MAX_OUTGOING_SIZE:
             raise Refusal(431, f"more than {MAX_OUTGOING_SIZE} bytes of header fields for PVE")
-        self.method, self.target, self.fields, self.body = method, target, fields, body
-        self.upgrade = UPGRADE_FIELD in fields[-1:]  # no client's Connection or Transfer-Encoding gets here
+        self.method, self.target, self.body = method, target, body
+        # No client's Transfer-Encoding or Connection gets here.
+        self.chunked, self.upgrade = CHUNKED_FIELD in fields[-1:], UPGRADE_FIELD in fields[-1:]
         # Whether it may go out on a connection that was used before, and a second time if that turns out closed.
         self.repeatable = body is None and method in SAFE_METHODS and not self.upgrade
 
@@ -833,11 +834,10 @@ class BackendConnection(http.client.HTTPConnection):
 
     def _send(self, outgoing: Outgoing) -> None:
         self.putrequest(outgoing.method, outgoing.target, skip_host=True, skip_accept_encoding=True)
-        for name, value in outgoing.fields:
-            self.putheader(name, value)
+        self._output(outgoing.lines)  # type: ignore[attr-defined]  # in place of putheader, which would check each field again
         body = self._pieces(outgoing.body) if callable(outgoing.body) else outgoing.body
         try:
-            self.endheaders(body, encode_chunked=CHUNKED_FIELD in outgoing.fields[-1:])
+            self.endheaders(body, encode_chunked=outgoing.chunked)
         except (Disconnected, AnsweredEarly):
             return  # what it said before can still be read
 
@@ -1113,8 +1113,10 @@ def clone_call(request: Request, qemu: bool) -> CloneCall | None:
     """What a clone request asks for, as far as its head tells; None for any other request. It fails closed: what PVE
     will refuse for its node or VMID counts too. Raises Refusal (501) for a format in which PVE runs clones as well, and
     that nobody needs; `extjs` is the web GUI's, which has its own patience."""
-    match [request.method, *request.path_parts()]:
-        case ["POST", "api2", format_, "nodes", node, "lxc" | "qemu" as kind, source, "clone"]:
+    if request.method != "POST":
+        return None
+    match request.path_parts():
+        case ["api2", format_, "nodes", node, "lxc" | "qemu" as kind, source, "clone"]:
             if (kind == "qemu" and not qemu) or not re.fullmatch("[0-9]+", source) or format_ == "extjs":
                 return None
             if format_ != "json":
@@ -1589,7 +1591,7 @@ class CloneQueue(queue.Queue[CloneJob]):
         self._give(job, ended.answer)
         job.outcome, job.text, job.ended_at = ended.outcome, ended.text, time.monotonic()
         job.outgoing.body = None  # it is large, and credentials are not for keeping
-        job.outgoing.fields, job.poll_fields = [], []
+        job.outgoing.lines, job.poll_fields = b"", []
         del self.queue[job]
         self.ended.append(job)
         for scope in self.holds.keys() & set(job.scopes):
@@ -2018,7 +2020,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """
 
     server: ProxyServer
-    protocol_version = request_version = "HTTP/1.1"
 
     # The moments of a connection
 
@@ -2045,7 +2046,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
                 self.sock.do_handshake()
             self.wire = Wire(self.sock, self.server.silence)
-            self.wfile = self.wire  # type: ignore[assignment]
             self.watch = Client(self.sock.fileno(), self.peer)
             super().handle()
         except OSError as error:
@@ -2182,10 +2182,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 log.info("RELAYED: %s status=%d bytes=%d time=%.3fs", request, *relayed, time.monotonic() - begin)
 
     def _send_head(self, status: int, reason: str, fields: Fields) -> None:
-        self.send_response_only(status, reason)
-        for name, value in fields:
-            self.send_header(name, value)
-        self.end_headers()
+        """Send it with what is sent next."""
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+        self.wire.write(f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n".encode("latin-1"))
 
     def _respond(self, status: int, reason: str, fields: Fields, length: int, first: bytes, rest: Iterable[bytes] = ()) -> int:
         """Send an answer, framed for this client; the number of bytes of its body. What is there of it, `first`, goes out
