@@ -2171,13 +2171,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except (BackendError, Stalled) as error:
             reason = f"the client took no byte within {self.server.silence:g} s"
             if isinstance(error, BackendError):
-                self.server.count_backend_error()
+                self.server.count("backend_errors")
                 reason = error.reason
             if self.responding:
                 log.warning("RELAY CUT OFF: %s: %s", request, reason)
             raise
         if relayed:
-            self.server.count_relayed(relayed[0])
+            self.server.count(f"{min(relayed[0] // 100, 5)}xx")
             if settings.verbose:
                 log.info("RELAYED: %s status=%d bytes=%d time=%.3fs", request, *relayed, time.monotonic() - begin)
 
@@ -2392,6 +2392,7 @@ TOO_MANY = (
     b'Content-Length: 47\r\n\r\n{"data":null,"message":"too many connections"}\n'
 )
 LISTEN_BACKLOG = 1024
+STATUS_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
 
 
 class ListenError(Exception):
@@ -2432,15 +2433,23 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 class ListeningServer(http.server.ThreadingHTTPServer):
-    """A ThreadingHTTPServer on a socket that listens already."""
+    """A ThreadingHTTPServer on a socket that listens already, with at most `limit` connections.
 
-    def __init__(self, listener: socket.socket, handler: type[http.server.BaseHTTPRequestHandler]) -> None:
+    `lock` guards `connections`, how many have been accepted and not closed; it is notified with each one's end.
+    """
+
+    def __init__(self, listener: socket.socket, handler: type[http.server.BaseHTTPRequestHandler], limit: int) -> None:
         host, port = listener.getsockname()[:2]
         super().__init__((host, port), handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
         self.address = host_port(host, port)
         self.is_local = ipaddress.ip_address(plain_address(host) or "::").is_loopback  # only this host can reach it
+        self.limit = limit
+        self.lock = threading.Condition()
+        self.connections = 0
+
+    # The moments of a connection, as socketserver has them
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Without a free descriptor, wait a little: the listening socket stays readable and would spin."""
@@ -2451,22 +2460,37 @@ class ListeningServer(http.server.ThreadingHTTPServer):
             time.sleep(0.1)
             raise
 
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Count a connection in; False if it is one too many."""
+        with self.lock:
+            self.connections += 1
+            return self.has_room()
+
+    def has_room(self) -> bool:
+        """Whether the newest connection may stay. The lock is held."""
+        return self.connections <= self.limit
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What a handler did not handle. Who breaks off is no news."""
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception("unexpected failure in a connection")
 
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection that was refused, got no thread, or whose handler is done, and count it out."""
+        super().shutdown_request(request)
+        with self.lock:
+            self.connections -= 1
+            self.lock.notify_all()
+
 
 class ProxyServer(ListeningServer):
-    """Gives each connection a thread, at most MAX_CONNECTIONS of them, and holds what their handlers share.
+    """Gives each connection a thread, and holds what their handlers share.
 
-    `_lock` guards the counters and `_activities`: what each connection does, in the order in which they began to do so.
-    When a connection too many arrives, the oldest without a request in hand is ended in its favour, or the slowest of those
-    that drip a body or do not take an answer: slow or silent clients can't keep others out.
+    `lock` also guards `_counts` and `_activities`: what each connection does, in the order in which they began to do so.
     """
 
     def __init__(self, listener: socket.socket, settings: Settings, backend: Backend, tls: ssl.SSLContext | None) -> None:
-        super().__init__(listener, ProxyHandler)
+        super().__init__(listener, ProxyHandler, MAX_CONNECTIONS)
         self.settings = settings
         self.silence = settings.request_timeout
         self.backend = backend
@@ -2474,28 +2498,30 @@ class ProxyServer(ListeningServer):
         self.reservations = Reservations(settings.reserve_nextid, self.clones)
         self.tls = tls
         self.draining = threading.Event()
-        self._lock = threading.Condition()  # notified with each connection's end
         self._activities: dict[ProxyHandler, Activity | None] = {}  # None: it has been ended, and closes soon
-        self._connections = 0  # also those that are not yet, or no longer, in `_activities`
-        self._refusal_logged_at = -CROWD_LINE_SECONDS
-        self._relayed = {f"{status_class}xx": 0 for status_class in range(1, 6)}
-        self._counts = {"backend_errors": 0, "refused_connections": 0}
+        self._counts = dict.fromkeys((*STATUS_CLASSES, "backend_errors", "refused_connections"), 0)
+        self._next_crowd_line = 0.0  # the accepting thread's own
 
-    # The moments of a connection, as socketserver has them
+    def has_room(self) -> bool:
+        """Clients of waiting clones don't count. One connection too many ends the oldest without a request in hand, or the
+        slowest of those that drip a body or do not take an answer: slow or silent clients can't keep others out."""
+        exempt = sum(activity in (Activity.WAITING, None) for activity in self._activities.values())
+        if self.connections - exempt <= self.limit:
+            return True
+        idle = self._those_that(Activity.IDLE)
+        slow = [handler for handler in self._those_that(Activity.TRANSFER) if handler.paid_until < time.monotonic()]
+        candidates = idle or sorted(slow, key=lambda handler: handler.paid_until)
+        self._end(candidates[:1])
+        return bool(candidates)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Count a connection in; False if it is one too many, which is told so as far as that goes without waiting."""
-        with self._lock:
-            self._connections += 1
-            exempt = sum(activity in (Activity.WAITING, None) for activity in self._activities.values())
-            if self._connections - exempt <= MAX_CONNECTIONS or self._make_room():
-                return True
-            self._counts["refused_connections"] += 1
-            now = time.monotonic()
-            if now - self._refusal_logged_at >= CROWD_LINE_SECONDS:
-                self._refusal_logged_at = now
-                refused = self._counts["refused_connections"]
-                log.warning("TOO MANY CONNECTIONS: %d are open; %d have been refused so far", MAX_CONNECTIONS, refused)
+        """Tell a connection too many that it is one, as far as that goes without waiting."""
+        if super().verify_request(request, client_address):
+            return True
+        refused = self.count("refused_connections")
+        if (now := time.monotonic()) >= self._next_crowd_line:
+            self._next_crowd_line = now + CROWD_LINE_SECONDS
+            log.warning("TOO MANY CONNECTIONS: %d are open; %d have been refused so far", self.limit, refused)
         if not self.tls:
             with contextlib.suppress(OSError):
                 request.setblocking(False)
@@ -2503,23 +2529,16 @@ class ProxyServer(ListeningServer):
                 request.recv(RECEIVE_SIZE)  # else the close would be a reset, which may overtake the answer
         return False
 
-    def shutdown_request(self, request: Any) -> None:
-        """Count a connection out: it was refused or got no thread, or its handler is done."""
-        super().shutdown_request(request)
-        with self._lock:
-            self._connections -= 1
-            self._lock.notify_all()
-
     # What each connection does
 
     def join(self, handler: ProxyHandler) -> None:
         """Note a new connection."""
-        with self._lock:
+        with self.lock:
             self._activities[handler] = Activity.IDLE
 
     def enter(self, handler: ProxyHandler, activity: Activity) -> bool:
         """Note what a connection does from now on; False if it has been ended, or should end now."""
-        with self._lock:
+        with self.lock:
             if not self._activities.get(handler):  # a body's reader may be closed behind the connection's end
                 return False
             del self._activities[handler]
@@ -2528,65 +2547,53 @@ class ProxyServer(ListeningServer):
 
     def leave(self, handler: ProxyHandler) -> None:
         """Forget a connection that is about to be closed."""
-        with self._lock:
+        with self.lock:
             del self._activities[handler]
 
-    def _end(self, handler: ProxyHandler) -> None:
-        self._activities[handler] = None
-        handler.wake()
+    def _those_that(self, activity: Activity) -> list[ProxyHandler]:
+        return [handler for handler, its_activity in self._activities.items() if its_activity is activity]
 
-    def _make_room(self) -> bool:
-        """End a connection in favour of a new one; False if there is none that could be."""
-        idle = [handler for handler, activity in self._activities.items() if activity is Activity.IDLE]
-        moving = [handler for handler, activity in self._activities.items() if activity is Activity.TRANSFER]
-        slow = [handler for handler in moving if handler.paid_until < time.monotonic()]
-        candidates = idle + sorted(slow, key=lambda handler: handler.paid_until)
-        if candidates:
-            self._end(candidates[0])
-        return bool(candidates)
+    def _end(self, handlers: list[ProxyHandler]) -> None:
+        for handler in handlers:
+            self._activities[handler] = None
+            handler.wake()
 
     # The end
 
     def drain(self) -> None:
         """From now on connections close behind their answers. Idle ones and tunnels are ended at once; those on which
         a request has arrived, or that are too new to tell, are not."""
-        with self._lock:
+        with self.lock:
             self.draining.set()
-            for handler, activity in self._activities.items():
-                idle = activity is Activity.IDLE and handler.answered and not handler.has_input()
-                if idle or activity is Activity.TUNNEL:
-                    self._end(handler)
+            idle = [handler for handler in self._those_that(Activity.IDLE) if handler.answered and not handler.has_input()]
+            self._end(idle + self._those_that(Activity.TUNNEL))
 
     def end_silent(self) -> None:
         """End the connections that still have no request in hand."""
-        with self._lock:
-            for handler, activity in self._activities.items():
-                if activity is Activity.IDLE:
-                    self._end(handler)
+        with self.lock:
+            self._end(self._those_that(Activity.IDLE))
 
     def wait_until_closed(self, deadline: float) -> bool:
         """Wait for all connections to close; False if some are left at the deadline."""
-        with self._lock:
-            return self._lock.wait_for(lambda: not self._connections, max(0.0, deadline - time.monotonic()))
+        with self.lock:
+            return self.lock.wait_for(lambda: not self.connections, max(0.0, deadline - time.monotonic()))
 
     # Counters
 
-    def count_relayed(self, status: int) -> None:
-        """A request was relayed to its end."""
-        with self._lock:
-            self._relayed[f"{min(status // 100, 5)}xx"] += 1
-
-    def count_backend_error(self) -> None:
-        """The backend gave no (whole) answer to a relayed request."""
-        with self._lock:
-            self._counts["backend_errors"] += 1
+    def count(self, what: str) -> int:
+        """Count a relayed request (by its status class), a `backend_errors` (no whole answer to one) or a
+        `refused_connections`: how many there are."""
+        with self.lock:
+            self._counts[what] += 1
+            return self._counts[what]
 
     def counters(self) -> dict[str, Any]:
         """Requests by status class, backend errors, connections."""
-        with self._lock:
+        with self.lock:
+            counts = dict(self._counts)
             activities = [activity for activity in self._activities.values() if activity]
-            here = {"connections": len(activities), "tunnels": activities.count(Activity.TUNNEL)}
-            return {"relayed": dict(self._relayed), **self._counts, **here}
+        relayed = {name: counts.pop(name) for name in STATUS_CLASSES}
+        return {"relayed": relayed, **counts, "connections": len(activities), "tunnels": activities.count(Activity.TUNNEL)}
 
 
 # Operation: systemd, the status page, metrics, -check. They look at the others; nothing depends on them.
@@ -2769,28 +2776,16 @@ STATUS_FIELDS = {
 }
 
 
-MAX_STATUS_CONNECTIONS = 16
+MAX_STATUS_CONNECTIONS = 16  # slow readers of the page must not cost the API its threads and descriptors
 
 
 class StatusServer(ListeningServer):
     """The listener of -status-listen."""
 
     def __init__(self, listener: socket.socket, proxy: ProxyServer) -> None:
-        super().__init__(listener, StatusHandler)
+        super().__init__(listener, StatusHandler, MAX_STATUS_CONNECTIONS)
         self.proxy = proxy
         self._started_at = time.monotonic()
-        self._places = threading.BoundedSemaphore(MAX_STATUS_CONNECTIONS)
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Take a place: slow readers of the page must not cost the API its threads and descriptors."""
-        return self._places.acquire(blocking=False)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Give the place back at the end."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
 
     def snapshot(self) -> dict[str, Any]:
         """The queue's and the proxy's figures."""
