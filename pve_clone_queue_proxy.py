@@ -31,7 +31,6 @@ import base64
 import calendar
 import contextlib
 import enum
-import glob
 import hashlib
 import http.client
 import http.server
@@ -2401,9 +2400,8 @@ class ListenError(Exception):
 
 def resolve(address: tuple[str, int]) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
     """The one socket address to listen on: without a host all addresses, IPv4 and IPv6 in one. Raises OSError."""
-    host, port = address
-    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
-    family, _, _, _, found = socket.getaddrinfo(host or everywhere, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    host = address[0] or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+    family, *_, found = socket.getaddrinfo(host, address[1], type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     return family, found
 
 
@@ -2413,7 +2411,7 @@ def listen_on(address: tuple[str, int]) -> socket.socket:
         family, found = resolve(address)
         return socket.create_server(found, family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=found[0] == "::")
     except (OSError, ValueError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else reason_of(error)
+        reason = reason_of(error).partition(" (while ")[0]  # `create_server` repeats the address
         raise ListenError(f"cannot listen on {host_port(*address)}: {reason}") from None
 
 
@@ -2848,11 +2846,10 @@ def _check_certificate(settings: Settings) -> str:
     if not server_tls(settings):
         return "none: the listener speaks plain HTTP"
     text = Path(settings.tls_cert).read_text("latin-1")  # there may be any text around the certificates
-    certificate = re.findall("-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]+)", text)[0]
+    certificate = base64.b64decode(re.findall("-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]+)", text)[0])
     # RFC 5280 4.1.2.5: the second time in a certificate is its notAfter, with a year of two digits or four.
-    times = re.findall(rb"(?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z", base64.b64decode(certificate))
-    ends = time.strptime(("20" + times[1].decode())[-14:], "%Y%m%d%H%M%S")
-    days = (calendar.timegm(ends) - time.time()) / 86400
+    ends = "20" + re.findall(rb"(?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z", certificate)[1].decode()
+    days = (calendar.timegm(time.strptime(ends[-14:], "%Y%m%d%H%M%S")) - time.time()) / 86400
     if days < 0:
         raise FlagError(f"{settings.tls_cert} has expired; renew it, then restart the service")
     return f"{settings.tls_cert} and its key fit, valid for {days:.0f} days more"
@@ -2861,15 +2858,14 @@ def _check_certificate(settings: Settings) -> str:
 def _holder(port: int) -> str:
     """The process of this program's that runs as the user whose socket listens on a port of this host; "" if none is
     seen to. (Whose descriptors they are, other users can't see.)"""
-    rows = [line.split() for path in glob.glob("/proc/net/tcp*") for line in Path(path).read_text().splitlines()]
+    rows = [line.split() for path in Path("/proc/net").glob("tcp*") for line in path.read_text().splitlines()]
     users = {row[7] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
-    for path in glob.glob("/proc/[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = [os.path.basename(word) for word in Path(path).read_text("latin-1").split("\0")]
-            named = words[0] == PROGRAM or (words[0].startswith("python") and PROGRAM in words[1:4])
-            process = path.split("/")[2]
-            if named and str(os.stat(path).st_uid) in users and process != str(os.getpid()):
-                return process
+            words = [os.path.basename(word) for word in (process / "cmdline").read_text("latin-1").split("\0")]
+            named = words[0].startswith("python") and PROGRAM in words[1:4]
+            if named and str(process.stat().st_uid) in users and process.name != str(os.getpid()):
+                return process.name
     return ""
 
 
@@ -2894,26 +2890,26 @@ def _check_pve(settings: Settings) -> str:
     return f"{settings.backend} answers" + (f", its certificate {verified}" if backend.context else "")
 
 
-def _check_processes(path: str) -> str:
-    if os.path.exists(path):
+def _check_processes() -> str:
+    if os.path.exists("/proc/1/stat"):
         return "the processes of tasks on this host are seen, and so is their end"
     return "/proc shows no processes of other users: the end of tasks is seen by polling only"
 
 
 def check(settings: Settings) -> int:
     """Do all that a start does without serving, and say a line for each: 0 if nothing failed, or 1."""
-    print("ok    flags: understood")
-    checks: list[tuple[str, Callable[[Any], str], Any]] = [
-        ("certificate", _check_certificate, settings),
-        ("-listen", _check_listen, settings.listen),
-        ("-status-listen", _check_listen, settings.status_listen),
-        ("PVE", _check_pve, settings),
-        ("tasks", _check_processes, "/proc/1/stat"),
-    ]
+    checks: dict[str, Callable[[], str]] = {
+        "flags": lambda: "understood",
+        "certificate": lambda: _check_certificate(settings),
+        "-listen": lambda: _check_listen(settings.listen),
+        "-status-listen": lambda: _check_listen(settings.status_listen),
+        "PVE": lambda: _check_pve(settings),
+        "tasks": _check_processes,
+    }
     status = 0
-    for name, look, subject in checks:
+    for name, look in checks.items():
         try:
-            print(f"ok    {name}: {look(subject)}")
+            print(f"ok    {name}: {look()}")
         except (FlagError, ListenError, BackendError) as error:
             print(f"FAIL  {name}: {error}")
             status = 1
