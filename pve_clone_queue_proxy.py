@@ -209,7 +209,7 @@ def parse_flags(arguments: list[str]) -> Settings:
     for argument in arguments:  # argparse would take a flag's first letters for the flag
         if re.match("-[A-Za-z]", argument) and argument.partition("=")[0] not in known:
             raise FlagError(f"unknown flag {argument.partition('=')[0]}")
-    settings = parser.parse_args(arguments, Settings())
+    settings = parser.parse_args(arguments)
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise FlagError("flags -tls-cert and -tls-key belong together: one of them is missing")
     if settings.ca and settings.insecure:
@@ -2391,7 +2391,7 @@ TOO_MANY = (
     b'Content-Length: 47\r\n\r\n{"data":null,"message":"too many connections"}\n'
 )
 LISTEN_BACKLOG = 1024
-STATUS_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+STATUS_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")  # of relayed requests
 
 
 class ListenError(Exception):
@@ -2431,10 +2431,8 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 class ListeningServer(http.server.ThreadingHTTPServer):
-    """A ThreadingHTTPServer on a socket that listens already, with at most `limit` connections.
-
-    `lock` guards `connections`, how many have been accepted and not closed; it is notified with each one's end.
-    """
+    """A ThreadingHTTPServer on a socket that listens already. `lock` guards `connections`, how many have been accepted and
+    not closed, at most `limit`; it is notified with each one's end."""
 
     def __init__(self, listener: socket.socket, handler: type[http.server.BaseHTTPRequestHandler], limit: int) -> None:
         host, port = listener.getsockname()[:2]
@@ -2446,8 +2444,6 @@ class ListeningServer(http.server.ThreadingHTTPServer):
         self.limit = limit
         self.lock = threading.Condition()
         self.connections = 0
-
-    # The moments of a connection, as socketserver has them
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Without a free descriptor, wait a little: the listening socket stays readable and would spin."""
@@ -2482,10 +2478,8 @@ class ListeningServer(http.server.ThreadingHTTPServer):
 
 
 class ProxyServer(ListeningServer):
-    """Gives each connection a thread, and holds what their handlers share.
-
-    `lock` also guards `_counts` and `_activities`: what each connection does, in the order in which they began to do so.
-    """
+    """Gives each connection a thread, and holds what their handlers share. `lock` also guards `_counts` and `_activities`:
+    what each connection does, in the order in which they began to do so."""
 
     def __init__(self, listener: socket.socket, settings: Settings, backend: Backend, tls: ssl.SSLContext | None) -> None:
         super().__init__(listener, ProxyHandler, MAX_CONNECTIONS)
@@ -2506,9 +2500,8 @@ class ProxyServer(ListeningServer):
         exempt = sum(activity in (Activity.WAITING, None) for activity in self._activities.values())
         if self.connections - exempt <= self.limit:
             return True
-        idle = self._those_that(Activity.IDLE)
         slow = [handler for handler in self._those_that(Activity.TRANSFER) if handler.paid_until < time.monotonic()]
-        candidates = idle or sorted(slow, key=lambda handler: handler.paid_until)
+        candidates = self._those_that(Activity.IDLE) or sorted(slow, key=lambda handler: handler.paid_until)
         self._end(candidates[:1])
         return bool(candidates)
 
@@ -2556,37 +2549,29 @@ class ProxyServer(ListeningServer):
             self._activities[handler] = None
             handler.wake()
 
-    # The end
-
     def drain(self) -> None:
-        """From now on connections close behind their answers. Idle ones and tunnels are ended at once; those on which
-        a request has arrived, or that are too new to tell, are not."""
+        """From now on connections close behind their answers. Idle ones and tunnels are ended at once; those on which a
+        request has arrived, or that are too new to tell, only when this is called again."""
         with self.lock:
+            idle = self._those_that(Activity.IDLE)
+            if not self.draining.is_set():
+                idle = [handler for handler in idle if handler.answered and not handler.has_input()]
             self.draining.set()
-            idle = [handler for handler in self._those_that(Activity.IDLE) if handler.answered and not handler.has_input()]
             self._end(idle + self._those_that(Activity.TUNNEL))
-
-    def end_silent(self) -> None:
-        """End the connections that still have no request in hand."""
-        with self.lock:
-            self._end(self._those_that(Activity.IDLE))
 
     def wait_until_closed(self, deadline: float) -> bool:
         """Wait for all connections to close; False if some are left at the deadline."""
         with self.lock:
             return self.lock.wait_for(lambda: not self.connections, max(0.0, deadline - time.monotonic()))
 
-    # Counters
-
-    def count(self, what: str) -> int:
-        """Count a relayed request (by its status class), a `backend_errors` (no whole answer to one) or a
-        `refused_connections`: how many there are."""
+    def count(self, name: str) -> int:
+        """Count one more of STATUS_CLASSES, `backend_errors` or `refused_connections`: how many there are now."""
         with self.lock:
-            self._counts[what] += 1
-            return self._counts[what]
+            self._counts[name] += 1
+            return self._counts[name]
 
     def counters(self) -> dict[str, Any]:
-        """Requests by status class, backend errors, connections."""
+        """All that was counted, and what is open now."""
         with self.lock:
             counts = dict(self._counts)
             activities = [activity for activity in self._activities.values() if activity]
@@ -3009,7 +2994,7 @@ def stop(server: ProxyServer) -> None:
     server.clones.drain()
     server.drain()
     if not server.wait_until_closed(begin + 1):
-        server.end_silent()
+        server.drain()  # who still has said nothing
     server.clones.wait_until_idle(begin + DRAIN_SECONDS)
     server.wait_until_closed(begin + DRAIN_SECONDS)
     server.clones.answer_running()
