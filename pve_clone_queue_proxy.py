@@ -2621,7 +2621,9 @@ def status_line(server: ProxyServer) -> str:
 
 def metrics(snapshot: dict[str, Any]) -> str:
     """The Prometheus text format of a snapshot."""
-    totals, waits, runs, relayed = (snapshot[key] for key in ("totals", "wait_seconds", "clone_seconds", "relayed"))
+    totals, waits, runs = snapshot["totals"], snapshot["wait_seconds"], snapshot["clone_seconds"]
+    outcomes = {f'{{outcome="{name}"}}': totals[name] for name in OUTCOMES}
+    relayed = {f'{{status="{name}"}}': count for name, count in snapshot["relayed"].items()}
     families: list[tuple[str, str, str, Any]] = [
         ("build_info", "gauge", "The version that runs.", {f'{{version="{VERSION}"}}': 1}),
         ("backend_up", "gauge", "Whether PVE can be reached.", int(not snapshot["problem"])),
@@ -2629,23 +2631,21 @@ def metrics(snapshot: dict[str, Any]) -> str:
         ("queue_limit", "gauge", "Clones that may wait.", snapshot["queue_size"]),
         ("oldest_wait_seconds", "gauge", "Time that the oldest waiting clone has waited.", waits["oldest"]),
         ("running", "gauge", "Clones that run.", int(snapshot["running"] is not None)),
-        ("clones_total", "counter", "Clones by outcome.", {f'{{outcome="{name}"}}': totals[name] for name in OUTCOMES}),
+        ("clones_total", "counter", "Clones by outcome.", outcomes),
         ("lock_retries_total", "counter", "Tries put off: a lock held elsewhere, or PVE away.", totals["lock_retries"]),
         ("wait_seconds", "summary", "Time in the queue.", {"_sum": waits["sum"], "_count": waits["count"]}),
         ("clone_seconds", "summary", "Time of tasks that ran.", {"_sum": runs["sum"], "_count": runs["count"]}),
-        ("relayed_requests_total", "counter", "Relayed requests by status class.",
-         {f'{{status="{name}"}}': count for name, count in relayed.items()}),
+        ("relayed_requests_total", "counter", "Relayed requests by status class.", relayed),
         ("backend_errors_total", "counter", "Relayed requests without a whole answer.", snapshot["backend_errors"]),
         ("open_tunnels", "gauge", "Open WebSockets.", snapshot["tunnels"]),
         ("connections", "gauge", "Open client connections.", snapshot["connections"]),
         ("refused_connections_total", "counter", "Connections too many.", snapshot["refused_connections"]),
-    ]  # fmt: skip
+    ]
     text = ""
     for name, kind, meaning, value in families:
-        name = f"pve_clone_queue_{name}"
-        text += f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+        text += f"# HELP pve_clone_queue_{name} {meaning}\n# TYPE pve_clone_queue_{name} {kind}\n"
         for labels, sample in value.items() if isinstance(value, dict) else [("", value)]:
-            text += f"{name}{labels} {sample}\n"
+            text += f"pve_clone_queue_{name}{labels} {sample}\n"
     return text
 
 
@@ -2772,15 +2772,14 @@ class StatusServer(ListeningServer):
 
     def snapshot(self) -> dict[str, Any]:
         """The queue's and the proxy's figures."""
-        settings = self.proxy.settings
         problem = self.proxy.backend.problem()
         return {
             "version": VERSION,
             "host": socket.gethostname(),
             "now": round(time.time(), 3),
-            "backend": str(settings.backend),
+            "backend": str(self.proxy.settings.backend),
             "problem": {"text": problem[0], "seconds": round(problem[1], 1)} if problem else None,
-            "task_timeout": settings.task_timeout,
+            "task_timeout": self.proxy.settings.task_timeout,
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),
             **self.proxy.clones.snapshot(),
             **self.proxy.counters(),
@@ -2812,7 +2811,7 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
                 backend.look()
                 # The worker need not be looked at: the process ends with it.
                 if problem := backend.problem():
-                    status, text = 503, f"{self.server.proxy.settings.backend} can't be reached: {problem[0]}\n"
+                    status, text = 503, f"{backend.address} can't be reached: {problem[0]}\n"
             case _:
                 self.send_error(404, "there is no such page")
                 return
@@ -2905,6 +2904,9 @@ def check(settings: Settings) -> int:
 
 LOG_LINES = 10_000  # that may wait to be written; more are dropped, counted, and told of
 LOG_FLUSH_SECONDS = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HOUSEKEEPING_SECONDS = 0.25
+SHUTDOWN_POLL_SECONDS = 0.1  # how often the accepting thread looks whether it should end
 
 
 class LogQueue(logging.handlers.QueueHandler):
@@ -2948,11 +2950,6 @@ def run_vital(run: Callable[..., object], *arguments: Any) -> None:
         log.exception("the %s thread failed", threading.current_thread().name)
         time.sleep(LOG_FLUSH_SECONDS)
         os._exit(1)
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-HOUSEKEEPING_SECONDS = 0.25
-SHUTDOWN_POLL_SECONDS = 0.1  # how often the accepting thread looks whether it should end
 
 
 def serve_status(address: tuple[str, int], proxy: ProxyServer) -> None:
