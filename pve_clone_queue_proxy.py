@@ -2458,10 +2458,10 @@ class ListeningServer(http.server.ThreadingHTTPServer):
         """Count a connection in; False if it is one too many."""
         with self.lock:
             self.connections += 1
-            return self.has_room()
+            return self.make_room()
 
-    def has_room(self) -> bool:
-        """Whether the newest connection may stay. The lock is held."""
+    def make_room(self) -> bool:
+        """Whether there is a place for the newest connection. The lock is held."""
         return self.connections <= self.limit
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2494,7 +2494,7 @@ class ProxyServer(ListeningServer):
         self._counts = dict.fromkeys((*STATUS_CLASSES, "backend_errors", "refused_connections"), 0)
         self._next_crowd_line = 0.0  # the accepting thread's own
 
-    def has_room(self) -> bool:
+    def make_room(self) -> bool:
         """Clients of waiting clones don't count. One connection too many ends the oldest without a request in hand, or the
         slowest of those that drip a body or do not take an answer: slow or silent clients can't keep others out."""
         exempt = sum(activity in (Activity.WAITING, None) for activity in self._activities.values())
