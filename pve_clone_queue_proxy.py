@@ -2893,10 +2893,10 @@ def check(settings: Settings) -> int:
     status = 0
     for name, look in checks.items():
         try:
-            print(f"ok    {name}: {look()}")
+            line = f"ok    {name}: {look()}"
         except (FlagError, ListenError, BackendError) as error:
-            print(f"FAIL  {name}: {error}")
-            status = 1
+            line, status = f"FAIL  {name}: {error}", 1
+        print(line, flush=True)
     return status
 
 
@@ -3038,7 +3038,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main(sys.argv[1:])
-    sys.stdout.flush()
     # Without the interpreter's own shutdown, which fails when a daemon thread happens to be writing to stderr.
-    os._exit(exit_status)
+    os._exit(main(sys.argv[1:]))
