@@ -1941,14 +1941,10 @@ def keep_tcp_alive(sock: socket.socket) -> None:
 
 def plain_address(text: str) -> str | None:
     """A single IP address in its usual form, an IPv4 address out of its IPv6 mapping; None for anything else."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    if isinstance(address, ipaddress.IPv6Address):
-        # A zone (RFC 4007 11) means nothing elsewhere and may hold anything.
-        return str(address.ipv4_mapped or ipaddress.IPv6Address(int(address)))
-    return str(address)
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(text.partition("%")[0])  # a zone (RFC 4007 11) means nothing elsewhere
+        return str(getattr(address, "ipv4_mapped", None) or address)
+    return None
 
 
 class _Flow:
@@ -2044,7 +2040,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 # At once in place of the plain socket, which it takes the descriptor from: else `wake` could not reach it.
                 self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
                 self.sock.do_handshake()
-            self.wire = Wire(self.sock, self.server.silence)
+            self.wire = Wire(self.sock, self.server.backend.silence)
             self.watch = Client(self.sock.fileno(), self.peer)
             super().handle()
         except OSError as error:
@@ -2081,7 +2077,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except Refusal as refusal:
             self._refuse(refusal)
         except Stalled:
-            self._refuse(Refusal(408, f"the request did not arrive within {self.server.silence:g} s of silence"))
+            self._refuse(Refusal(408, f"the request did not arrive within {self.server.backend.silence:g} s of silence"))
         except (Disconnected, ClientGone):
             self.close_connection = True
         except Exception:
@@ -2168,7 +2164,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             relayed = self._next_id(request) if settings.reserve_nextid and is_next_id(request) else self._relay(request)
         except (BackendError, Stalled) as error:
-            reason = f"the client took no byte within {self.server.silence:g} s"
+            reason = f"the client took no byte within {self.server.backend.silence:g} s"
             if isinstance(error, BackendError):
                 self.server.count("backend_errors")
                 reason = error.reason
@@ -2311,7 +2307,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         fields = self._outgoing_fields(request, REQUEST_DROP)
 
         def ask(target: str) -> Answer:
-            return self.server.backend.exchange(Outgoing("GET", target, fields), self.server.silence, self.watch.check)
+            return self.server.backend.exchange(Outgoing("GET", target, fields), self.server.backend.silence, self.watch.check)
 
         answer = self.server.reservations.answer(request.target, (user_of(request), self.forwarded_for), ask)
         self._respond_whole(answer)
@@ -2368,7 +2364,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         while True:
             over = time.monotonic() >= end
             try:
-                answer = self.server.backend.exchange(login, self.server.silence, client.check)
+                answer = self.server.backend.exchange(login, self.server.backend.silence, client.check)
                 if answer.status == 401 or (answer.status == 595 and over):
                     raise LoginRefusal(answer)
                 if answer.status != 595:
@@ -2484,7 +2480,6 @@ class ProxyServer(ListeningServer):
     def __init__(self, listener: socket.socket, settings: Settings, backend: Backend, tls: ssl.SSLContext | None) -> None:
         super().__init__(listener, ProxyHandler, MAX_CONNECTIONS)
         self.settings = settings
-        self.silence = settings.request_timeout
         self.backend = backend
         self.clones = CloneQueue(settings)
         self.reservations = Reservations(settings.reserve_nextid, self.clones)
