@@ -2022,6 +2022,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Join the server's connections. What can fail comes later, in `handle`."""
         self.sock: socket.socket = self.request
         self.peer = plain_address(str(self.client_address[0])) or "0.0.0.0"
+        self.message: Request | None = None
         self.http11, self.command = True, ""  # of the request in hand
         self.unread = False  # a part of it
         self.responding = False
@@ -2077,7 +2078,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except Refusal as refusal:
             self._refuse(refusal)
         except Stalled:
-            self._refuse(Refusal(408, f"the request did not arrive within {self.server.backend.silence:g} s of silence"))
+            self._refuse(Refusal(408, "the client is too slow"))
         except (Disconnected, ClientGone):
             self.close_connection = True
         except Exception:
@@ -2090,21 +2091,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """The next request, its body not read yet. Raises Refusal, and Disconnected if there is none."""
         wire = self.wire
         self.unread = True
-        wire.end = time.monotonic() + (IDLE_SECONDS if self.answered else HEAD_SECONDS)
-        try:
-            if not wire.buffer:
+        if not wire.buffer:
+            wire.end = time.monotonic() + (IDLE_SECONDS if self.answered else HEAD_SECONDS)
+            try:
                 wire.buffer += wire.receive(later=True)
-            wire.end = time.monotonic() + HEAD_SECONDS
-            head = wire.head().removeprefix("\r\n")  # RFC 9112 2.2: old clients send an empty line behind a body
-        except Stalled:
-            if not wire.buffer:
+            except Stalled:
                 raise Disconnected from None
-            raise Refusal(408, f"the request's head was not complete within {HEAD_SECONDS:g} s") from None
-        finally:
-            wire.end = None
+        wire.end = time.monotonic() + HEAD_SECONDS
+        head = wire.head().removeprefix("\r\n")  # RFC 9112 2.2: old clients send an empty line behind a body
+        wire.end = None
         if not self.server.enter(self, Activity.BUSY):
             raise Disconnected
-        request = Request(head)
+        self.message = request = Request(head)
         self.command, self.http11 = request.method, request.http11
         self.unread = request.length != 0
         self.close_connection = not request.keep_alive
@@ -2161,16 +2159,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._clone(request, call)
             return
         begin = time.monotonic()
-        try:
-            relayed = self._next_id(request) if settings.reserve_nextid and is_next_id(request) else self._relay(request)
-        except (BackendError, Stalled) as error:
-            reason = f"the client took no byte within {self.server.backend.silence:g} s"
-            if isinstance(error, BackendError):
-                self.server.count("backend_errors")
-                reason = error.reason
-            if self.responding:
-                log.warning("RELAY CUT OFF: %s: %s", request, reason)
-            raise
+        relayed = self._next_id(request) if settings.reserve_nextid and is_next_id(request) else self._relay(request)
         if relayed:
             self.server.count(f"{min(relayed[0] // 100, 5)}xx")
             if settings.verbose:
@@ -2184,7 +2173,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _respond(self, status: int, reason: str, fields: Fields, length: int, first: bytes, rest: Iterable[bytes] = ()) -> int:
         """Send an answer, framed for this client; the number of bytes of its body. What is there of it, `first`, goes out
         with the head."""
-        self.wire.check = None  # an upload that failed may have left one
+        self.wire.check = self.wire.end = None  # a request that did not arrive whole may have left them
         chunked = length == CHUNKED and self.http11
         until_close = length < 0 and not chunked
         if until_close or self.unread or self.server.draining.is_set():
@@ -2221,7 +2210,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _refuse(self, refusal: Refusal) -> None:
         """Answer with an error and close; if an answer has begun already, cut it off."""
         self.close_connection = True
-        if not self.responding:
+        if isinstance(refusal, BackendError):
+            self.server.count("backend_errors")
+        if self.responding:
+            log.warning("RELAY CUT OFF: %s: %s", self.message, refusal.reason)
+        else:
             with contextlib.suppress(Disconnected, Stalled):
                 self._respond_whole(refusal.answer if isinstance(refusal, LoginRefusal) else error_answer(refusal))
                 if self.unread or self.wire.readable():
@@ -2631,7 +2624,7 @@ def metrics(snapshot: dict[str, Any]) -> str:
         ("wait_seconds", "summary", "Time in the queue.", {"_sum": waits["sum"], "_count": waits["count"]}),
         ("clone_seconds", "summary", "Time of tasks that ran.", {"_sum": runs["sum"], "_count": runs["count"]}),
         ("relayed_requests_total", "counter", "Relayed requests by status class.", relayed),
-        ("backend_errors_total", "counter", "Relayed requests without a whole answer.", snapshot["backend_errors"]),
+        ("backend_errors_total", "counter", "Requests to which PVE gave no whole answer.", snapshot["backend_errors"]),
         ("open_tunnels", "gauge", "Open WebSockets.", snapshot["tunnels"]),
         ("connections", "gauge", "Open client connections.", snapshot["connections"]),
         ("refused_connections_total", "counter", "Connections too many.", snapshot["refused_connections"]),
