@@ -1038,46 +1038,37 @@ def node_of(upid: str, otherwise: str) -> str:
     return match[1] if (match := _UPID_PARTS.match(upid)) else otherwise
 
 
-def open_process(upid: str) -> int | None:
-    """A descriptor of a task's worker process (pidfd_open(2)), if it runs on this host: it polls readable when that
-    has ended. PVE calls a task running exactly while /proc/PID exists with the start time that its UPID names."""
-    match = _UPID_PARTS.match(upid)
-    if not match or not 0 < (pid := int(match[2] or "0", 16)) < 1 << 31:
-        return None
-    with contextlib.suppress(OSError):
-        pidfd = os.pidfd_open(pid)  # first, so that the process compared is the one that is held
-        with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
-            # The command's name, in parentheses, may hold anything: field 3 follows the last one.
-            if int(file.read().rpartition(b")")[2].split()[19]) == int(match[3], 16):
-                return pidfd
-        os.close(pidfd)
-    return None
-
-
 class TaskProcess(contextlib.ExitStack):
-    """A task's worker process, as far as this host sees it: the sleep between two polls ends the moment it ends."""
+    """A task's worker process, if it runs on this host: the sleep between two polls ends the moment it ends. PVE calls a
+    task running exactly while /proc/PID exists with the start time that its UPID names."""
 
     def __init__(self, upid: str) -> None:
         super().__init__()
-        self.pidfd = open_process(upid)
-        self.ended_at = 0.0  # 0 until it has
+        self.is_here = False
+        self.ended_at = 0.0  # 0 until it has, or if it is not here
         self._begin = time.monotonic()
         self._poll = select.poll()
-        if self.pidfd is not None:
-            self.callback(os.close, self.pidfd)
-            self._poll.register(self.pidfd, select.POLLIN)
+        match = _UPID_PARTS.match(upid)
+        pid, start = (int(part, 16) for part in match.groups("0")[1:]) if match else (0, 0)
+        with contextlib.suppress(OSError, OverflowError, IndexError):
+            pidfd = os.pidfd_open(pid)  # first, so that the process compared is the one that is held
+            self.callback(os.close, pidfd)
+            # The command's name, in parentheses, may hold anything: field 3 of proc(5) follows the last one.
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            if int(fields[22 - 3]) == start:
+                self._poll.register(pidfd, select.POLLIN)  # it is readable when the process has ended
+                self.is_here = True
 
-    def sleep(self, longest: float, deadline: float) -> None:
-        """Sleep until the next poll, but not over the deadline. Of a process elsewhere a tenth of the time so far keeps
-        both the lag and the number of polls small; one that has ended here counts as running until it is reaped."""
+    def sleep(self, longest: float) -> None:
+        """Sleep until the next poll. Of a process elsewhere a tenth of the time so far keeps both the lag and the number
+        of polls small; one that has ended here counts as running until it is reaped."""
         now = time.monotonic()
         pause = longest
         if self.ended_at:
             pause = max(0.001, now - self.ended_at)
-        elif self.pidfd is None:
+        elif not self.is_here:
             pause = max(SHORTEST_POLL, (now - self._begin) / 10)
-        pause = min(pause, longest, 3600.0, deadline - now if now < deadline else 3600.0)
-        for pidfd, _ in self._poll.poll(pause * 1000):
+        for pidfd, _ in self._poll.poll(max(0.0, min(pause, longest, 3600.0)) * 1000):
             self.ended_at = time.monotonic()
             self._poll.unregister(pidfd)  # from now on this only sleeps
 
@@ -1762,17 +1753,17 @@ class CloneWorker:
     # Waiting for a task
 
     def _wait_for_task(self, job: CloneJob) -> str | None:
-        """Poll until the task has stopped: its exit status; None if nobody can tell any more whether it runs."""
-        timeout, silence = self._settings.task_timeout, self._settings.request_timeout
+        """Poll until the task has stopped: its exit status; None if nobody can tell any more whether it runs. When it takes
+        too long its client is told so, but the queue is held by it all the same."""
+        timeout, delay = self._settings.task_timeout, max(self._settings.poll_delay, 0.01)
         begin = last_success = next_line = time.monotonic()
-        deadline = begin + timeout
+        deadline = begin + timeout  # for the client's answer
         last_error = ""
         with TaskProcess(job.upid) as process:
             while True:
-                process.sleep(max(self._settings.poll_delay, 0.01), deadline)
-                # Before the deadline a silent backend must not hold up the client's 504 for long.
-                now = time.monotonic()
-                seconds = min(max(1.0, deadline - now), silence) if now < deadline else silence
+                process.sleep(min(delay, deadline - time.monotonic()))
+                # A silent backend must not hold up the client's 504 for long.
+                seconds = min(max(1.0, deadline - time.monotonic()), self._settings.request_timeout)
                 exit_status, error = self._poll(job, job.upid, seconds)
                 if exit_status is not None:
                     return exit_status
@@ -1784,9 +1775,14 @@ class CloneWorker:
                     next_line = now + min(max(0.5, now - begin), LONGEST_LINE_DISTANCE)
                 last_error = error
                 if now >= deadline:
-                    self._time_out(job)
-                    if process.ended_at or (process.pidfd is None and now - last_success >= timeout):
-                        return None
+                    deadline = math.inf
+                    reason = f"the clone task did not end within {timeout:g} s: {job.upid}"
+                    if self._clones.answer_running(error_answer(Refusal(504, reason, data=job.upid))):
+                        seconds = now - job.started_at
+                        log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), seconds)
+                lost = process.ended_at or (not process.is_here and now - last_success >= timeout)
+                if lost and deadline == math.inf:
+                    return None
 
     def _poll(self, job: CloneJob, upid: str, seconds: float) -> tuple[str | None, str]:
         """A task's exit status, None while it runs or if PVE does not say; and why it does not."""
@@ -1804,13 +1800,6 @@ class CloneWorker:
         except BackendError as error:
             return None, error.reason
         return (answer.json_field("data"), "") if answer.status == 200 else (None, str(answer))
-
-    def _time_out(self, job: CloneJob) -> None:
-        """Tell the client, once, that its task is taking too long. The queue is held by the task all the same."""
-        reason = f"the clone task did not end within {self._settings.task_timeout:g} s: {job.upid}"
-        if self._clones.answer_running(error_answer(Refusal(504, reason, data=job.upid))):
-            seconds = time.monotonic() - job.started_at
-            log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), seconds)
 
 
 # VMIDs: `/cluster/nextid` gives two clients the same number until PVE has started a clone with it.

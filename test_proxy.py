@@ -1939,25 +1939,28 @@ class LocalProcesses(unittest.TestCase):
         with open(f"/proc/{child.pid}/stat") as file:
             start = int(file.read().rpartition(")")[2].split()[19])
         upid = f"UPID:pve:{child.pid:08X}:{{:08X}}:6B051704:vzclone:9000:root@pam:"
-        self.assertIsNone(program.open_process(upid.format(start + 1)))
+        self.assertFalse(self.is_here(upid.format(start + 1)))
         with program.TaskProcess(upid.format(start)) as process:
-            process.sleep(0.01, math.inf)
-            self.assertEqual((process.pidfd is not None, process.ended_at), (True, 0.0))
+            process.sleep(0.01)
+            self.assertEqual((process.is_here, process.ended_at), (True, 0.0))
             child.kill()
             begin = time.monotonic()
-            process.sleep(LONG, math.inf)
+            process.sleep(LONG)
             self.assertGreater(process.ended_at, 0.0)
-            zombie = program.open_process(upid.format(start))
-            assert zombie is not None, "a zombie still counts as running"
-            os.close(zombie)
-            process.sleep(LONG, math.inf)  # no longer than until it may have been reaped
+            self.assertTrue(self.is_here(upid.format(start)), "a zombie still counts as running")
+            process.sleep(LONG)  # no longer than until it may have been reaped
             self.assertLess(time.monotonic() - begin, LONG)
         child.wait()
-        self.assertIsNone(program.open_process(upid.format(start)))
+        self.assertFalse(self.is_here(upid.format(start)))
+
+    def is_here(self, upid: str) -> bool:
+        """Whether a task's process is seen on this host."""
+        with program.TaskProcess(upid) as process:
+            return process.is_here
 
     def test_nonsense(self) -> None:
         for upid in ["UPID:x", "UPID:pve:00000000:00000000:", "UPID:pve:FFFFFFFF:00000001:"]:
-            self.assertIsNone(program.open_process(upid))
+            self.assertFalse(self.is_here(upid))
 
 
 # The program's command line
