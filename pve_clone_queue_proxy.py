@@ -1815,36 +1815,32 @@ class Reservations:
     """The VMIDs that were handed out within -reserve-nextid, and the answers to `/cluster/nextid` that respect them.
 
     A VMID is spoken for when it was handed out, or is the `newid` of a clone that waits or runs. Only PVE's answers of 200
-    hand one out. `_lock` guards `_by_vmid`, the oldest first: until when each is spoken for, and who may probe it once,
-    since the number came without being asked for.
+    hand one out, so what PVE refuses to a stranger touches no reservation. `_lock` guards `_by_vmid`, the oldest first:
+    until when each is spoken for, and who may probe it once, since the number came without being asked for.
     """
 
     def __init__(self, seconds: float, clones: CloneQueue) -> None:
         self.seconds = seconds
         self._clones = clones
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._by_vmid: dict[str, tuple[float, Owner | None]] = {}
 
     def answer(self, target: str, owner: Owner, ask: Ask) -> Answer:
         """The answer to a GET of that target; `ask` gives PVE's to the same request with another target. Raises what
         `ask` raises."""
         path, _, query = target.partition("?")
-        wanted = parameter(query, "vmid")
-        if not wanted:
-            return self._next_free(path, ask(target), owner, ask)
+        answer = ask(target)
+        if answer.status != 200:
+            return answer
+        if not (wanted := parameter(query, "vmid")):
+            return self._next_free(path, answer, owner, ask)
         vmid = wanted[0].lstrip("0")
-        if len(wanted) > 1 or not re.fullmatch("[0-9]{3,9}", vmid):
-            return ask(target)
-        # PVE is asked before anything changes: a stranger's probe, which it refuses, must not touch a reservation.
-        answer = None if self._is_spoken_for(vmid, owner) else ask(target)
-        if not answer or (answer.status == 200 and not self._claim(vmid, probed_by=owner)):
-            return _vmid_taken(vmid)
-        return answer
+        return answer if self._claim(vmid, probed_by=owner) else _vmid_taken(vmid)
 
     def _next_free(self, path: str, first: Answer, owner: Owner, ask: Ask) -> Answer:
         """PVE's first answer, or the one for the next number above that is neither spoken for nor taken."""
         number = str(first.json_field("data"))
-        if first.status != 200 or not re.fullmatch("[0-9]{3,9}", number) or self._claim(number, handed_to=owner):
+        if not re.fullmatch("[0-9]{3,9}", number) or self._claim(number, handed_to=owner):
             return first
         above = map(str, range(int(number) + 1, 1_000_000_000))
         # Each is claimed only when the one before it was taken.
@@ -1859,19 +1855,13 @@ class Reservations:
                 return answer
         return first
 
-    def _is_spoken_for(self, vmid: str, probed_by: Owner | None) -> bool:
-        """Whether somebody else has that VMID. Of a number that came without being asked for, its owner may be told once
-        more that it is free."""
-        with self._lock:
-            until, may_probe = self._by_vmid.get(vmid, (0.0, None))
-            reserved = until > time.monotonic() and (may_probe is None or may_probe != probed_by)
-            return reserved or self._clones.wants(vmid)
-
     def _claim(self, vmid: str, handed_to: Owner | None = None, probed_by: Owner | None = None) -> bool:
         """Speak for a VMID, so that nobody else is told the same; False if it is spoken for."""
         now = time.monotonic()
         with self._lock:
-            if self._is_spoken_for(vmid, probed_by):
+            until, may_probe = self._by_vmid.get(vmid, (0.0, None))
+            reserved = until > now and (may_probe is None or may_probe != probed_by)
+            if reserved or self._clones.wants(vmid):
                 return False
             self._by_vmid.pop(vmid, None)
             self._by_vmid[vmid] = (now + self.seconds, handed_to)
