@@ -1244,7 +1244,7 @@ class Ended(NamedTuple):
 
 
 class QueueRefusal(Refusal):
-    """A clone that the queue has no place for; it has been counted."""
+    """A clone that the queue has no place for."""
 
 
 class LoginRefusal(Refusal):
@@ -1297,7 +1297,7 @@ class CloneQueue(queue.Queue[CloneJob]):
 
     def _put(self, item: CloneJob) -> None:
         call = item.call
-        self._make_room(call)  # raises while draining: here too, or a job would slip in behind the drain
+        self._make_room()  # raises while draining: here too, or a job would slip in behind the drain
         log.info("CLONE QUEUED: %s waiting=%d client=%s user=%s", call, self._qsize(), item.client.address, word(call.user))
         self.queue[item] = None
         if self.running and self.running.upid and self.running.call.newid == call.newid != "":
@@ -1372,13 +1372,13 @@ class CloneQueue(queue.Queue[CloneJob]):
         job.client.event.set()
         log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
 
-    def check_room(self, call: CloneCall) -> None:
+    def check_room(self) -> None:
         """Raise QueueRefusal if a new clone would find the queue full or closing, before PVE is asked and its body is
         read. Where any client has left, it might be the one that comes back: then `admit` decides."""
         with self.mutex:
             self._notice_who_left()
             if not any(job.left for job in itertools.chain(self.ended, self.queue)):
-                self._make_room(call)
+                self._make_room()
 
     def admit(self, job: CloneJob) -> CloneJob:
         """Queue the job, or let its client take over an equal one whose client has left; the one that is to be waited
@@ -1392,34 +1392,33 @@ class CloneQueue(queue.Queue[CloneJob]):
                         twin.client.event.set()
                     log.info("CLONE RESUMED: %s (%s)", twin.call, self._state(twin))
                     return twin
-            self._make_room(job.call)
+            self._make_room()
         try:
             self.put_nowait(job)
         except queue.Full:  # somebody else was faster
             return self.admit(job)
         return job
 
-    def _make_room(self, call: CloneCall) -> None:
+    def _make_room(self) -> None:
         """See to it that one more job can wait, if need be in the place of the oldest whose client has left. (There may
         be one too many, if the running one was put off.)"""
         if self.draining:
-            raise self._reject(call, "shutting down", SHUTTING_DOWN, 5)
+            raise QueueRefusal(503, SHUTTING_DOWN, retry_after=5)
         while self._qsize() >= self.maxsize:
             left = next((job for job in self.queue if job.client.left and job is not self.running), None)
             if not left:
-                raise self._reject(call, "queue full", f"the clone queue is full: {self.maxsize} clones are waiting", 10)
+                raise QueueRefusal(503, f"the clone queue is full: {self.maxsize} clones are waiting", retry_after=10)
             self._end(left)
 
-    def _reject(self, call: CloneCall, why: str, reason: str, retry_after: int) -> QueueRefusal:
-        self._count("rejected", f"CLONE REJECTED: {why}: {call} waiting={self._qsize()}")
-        return QueueRefusal(503, reason, retry_after=retry_after)
-
     def turn_away(self, call: CloneCall, error: Exception) -> None:
-        """Note a clone that did not come as far as the queue: it was refused, or its client left."""
+        """Say and count a clone that did not come into the queue: there is no place, it was refused, or its client left."""
         with self.mutex:
-            if isinstance(error, Refusal) and not isinstance(error, QueueRefusal):
+            if isinstance(error, QueueRefusal):
+                why = "shutting down" if self.draining else "queue full"
+                self._count("rejected", f"CLONE REJECTED: {why}: {call} waiting={self._qsize()}")
+            elif isinstance(error, Refusal):
                 self._count("refused", f"CLONE REFUSED: {call} status={error.status} {printable(error.reason)}")
-            elif not isinstance(error, Refusal):
+            else:
                 self._count("abandoned", f"CLONE DROPPED: {call}: its client left before it was queued")
 
     def collect(self, job: CloneJob, client: Client) -> Answer | None:
@@ -2315,7 +2314,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         fields = self._outgoing_fields(request, REQUEST_DROP | {"content-length"})
         fields.append(("Content-Length", str(max(request.length, 0))))
         Outgoing(request.method, request.target, fields)  # before anybody waits for a clone that PVE would misread
-        self.server.clones.check_room(call)
+        self.server.clones.check_room()
         credentials = [field for field in request.fields if field[0].lower() in ("authorization", "cookie")]
         poll_fields = [self.server.backend.host_field, *credentials, ("X-Forwarded-For", self.forwarded_for)]
         # Strangers must not fill the queue, nor the memory with a body. PVE takes 3 s to say 401, in this thread's time.

@@ -3560,9 +3560,10 @@ class QueueInvariants(unittest.TestCase):
         job = job_of(client, rng.choice([9000, 9001, 9002]), rng.choice(["", *range(201, 207)]), rng.choice("ab"))
         try:
             if rng.random() < 0.5:
-                clones.check_room(job.call)
+                clones.check_room()
             admitted = clones.admit(job)
-        except program.QueueRefusal:
+        except program.QueueRefusal as refused:
+            clones.turn_away(job.call, refused)
             waiting = [job for job in clones.queue if not job.client.left and job is not clones.running]
             self.assertTrue(clones.draining or len(waiting) >= self.SIZE, "full, of clients that have not left")
             self.outcomes["rejected"] += 1
@@ -4971,7 +4972,7 @@ class Crowds(unittest.TestCase):
                 with self.assertLogs(program.log, "INFO"):
                     clones.admit(program.CloneJob(call, outgoing, [], b"%d" % index, client))
             calls.clear()
-            clones.check_room(call)
+            clones.check_room()
             clones.look_around()
         self.assertLessEqual(len(calls), 2)
 
