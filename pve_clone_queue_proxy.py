@@ -1330,22 +1330,17 @@ class CloneQueue(queue.Queue[CloneJob]):
         many seconds there may be one. Of a hold's scope only the first one tries. Those that are due again and new ones
         take turns, since PVE may take 10 s to say locked. Among the new ones, who is back with another VMID comes first."""
         now = time.monotonic()
-        fresh: list[CloneJob] = []
-        held: dict[CloneJob, float] = {}
+        due: dict[CloneJob, float] = {}  # when each may be tried; 0 for a new one
         met: set[Hold] = set()
         for job in [job for job in self.queue if not job.taken_by]:
             holds = self._holds_of(job)
-            if not holds:
-                fresh.append(job)
-            elif met.isdisjoint(holds):
-                held[job] = max(hold.until for hold in holds)
+            if met.isdisjoint(holds):
+                due[job] = max((hold.until for hold in holds), default=0.0)
             met.update(holds)
-        new = self._returned if self._returned in fresh else next(iter(fresh), None)
-        again = min(held, key=held.__getitem__, default=None)
-        due = again if again and held[again] <= now else None
-        chosen = (new or due) if self._fresh_is_next else (due or new)
-        self._fresh_is_next = chosen is not None and chosen is due
-        return chosen, held[again] - now if again else None
+        ready = [job for job, at in due.items() if at <= now]
+        ready.sort(key=lambda job: ((due[job] > 0) == self._fresh_is_next, due[job], job is not self._returned))
+        self._fresh_is_next = bool(ready) and due[ready[0]] > 0
+        return ready[0] if ready else None, min(due.values()) - now if due else None
 
     def _holds_of(self, job: CloneJob) -> list[Hold]:
         return [self.holds[scope] for scope in job.scopes if scope in self.holds]
@@ -1459,8 +1454,8 @@ class CloneQueue(queue.Queue[CloneJob]):
         now, back = time.monotonic(), self._returned
         is_coming = back in self.queue and not (back.client.left or back.upid or back.taken_by or self._holds_of(back))
         # Where another clone of a held source waits for it, one with a new number would only wait behind that: not yet.
-        tried = {scope for job in self.queue if not job.taken_by for scope in job.scopes if scope in self.holds}
-        waits = {job for job in self.queue for scope in tried.intersection(job.scopes) if self.holds[scope].end_of(job) > now}
+        tried = {hold for job in self.queue if not job.taken_by for hold in self._holds_of(job)}
+        waits = {job for job in self.queue for hold in tried.intersection(self._holds_of(job)) if hold.end_of(job) > now}
         taken = {job: job.taken_by for job in self.queue if job.taken_by and job not in waits}
         if not taken or is_coming or now < self._expected_until:
             return
@@ -1494,7 +1489,8 @@ class CloneQueue(queue.Queue[CloneJob]):
             job = self.running
             if not job or job.answer:
                 return False
-            self._give(job, answer or job.accepted or error_answer(Refusal(504, reason)))
+            job.answer = answer or job.accepted or error_answer(Refusal(504, reason))
+            job.client.event.set()
             return True
 
     def is_time_over(self, scope: str) -> bool:
@@ -1546,14 +1542,14 @@ class CloneQueue(queue.Queue[CloneJob]):
         ends = self._ends_of_time(put_off.scope)
         over = [other for other, end in ends.items() if end <= now]
         hold.vain = hold.vain + 1 if over else 0
-        if not over:
+        if over:
+            hold.until = now + STUCK_PAUSE
+        else:
             # Not later than when the first one's time is over, so that it is tried once more then.
             hold.until = min(now + hold.pause * random.uniform(0.8, 1.2), *ends.values())
             hold.pause = min(LONGEST_RETRY, 1.5 * hold.pause)
-            return
-        hold.until = now + STUCK_PAUSE
         if put_off.scope == job.source and hold.vain < STUCK_TRIES:
-            return  # between two clones of somebody else's there is a lock and no task
+            return
         own = error_answer(Refusal(max(put_off.answer.status, 500), hold.text))
         for other in over:
             answer = put_off.answer if other is job else own
@@ -1561,10 +1557,6 @@ class CloneQueue(queue.Queue[CloneJob]):
             self._end(other, Ended("failed", answer, hold.text, line))
 
     # The end of a job
-
-    def _give(self, job: CloneJob, answer: Answer | None) -> None:
-        job.answer = answer
-        job.client.event.set()
 
     def _count(self, outcome: str, line: str) -> None:
         """Say once, and count once, how a clone ended."""
@@ -1577,15 +1569,14 @@ class CloneQueue(queue.Queue[CloneJob]):
         if not ended or (job.client.left and job is not self.running):
             ended = Ended("abandoned", None, "client left", f"CLONE DROPPED: {job.call}: its client left and did not come back")
         self._count(ended.outcome, ended.line + (f" tries={job.tries}" if job.tries > 1 else ""))
-        self._give(job, ended.answer)
-        job.outcome, job.text, job.ended_at = ended.outcome, ended.text, time.monotonic()
+        job.outcome, job.answer, job.text, job.ended_at = ended.outcome, ended.answer, ended.text, time.monotonic()
+        job.client.event.set()
         job.outgoing.body = None  # it is large, and credentials are not for keeping
         job.outgoing.lines, job.poll_fields = b"", []
         del self.queue[job]
         self.ended.append(job)
-        for scope in self.holds.keys() & set(job.scopes):
-            if not any(scope in other.scopes for other in self.queue):
-                del self.holds[scope]
+        wanted = {scope for other in self.queue for scope in other.scopes}
+        self.holds = {scope: hold for scope, hold in self.holds.items() if scope in wanted}
         waited, ran = job.times()
         for total, seconds, counts in (self.waits, waited, True), (self.runs, ran, bool(job.upid)):
             total["sum"] += seconds
