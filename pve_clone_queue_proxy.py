@@ -972,28 +972,25 @@ _UPID = re.compile(r"UPID:[^\s/]{0,495}")
 # Node; process id and the process's start time (field 22 of /proc/PID/stat), both in hexadecimal.
 _UPID_PARTS = re.compile(r"UPID:([a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?):(?:([0-9A-Fa-f]{8}):([0-9A-Fa-f]{8,9}):)?")
 
-_TOKEN_NAME = re.compile(r"PVEAPIToken=([^=\s]{1,200})=")
-_TICKET_USER = re.compile(r"PVEAuthCookie=PVE(?:%3A|:)([^:;\s]{1,200}?)(?:%3A|:)")
+# The name of an API token, or the user of a ticket.
+_USER = re.compile(r"PVEAPIToken=([^=\s]{1,200})=|PVEAuthCookie=PVE(?:%3A|:)([^:;\s]{1,200}?)(?:%3A|:)")
 
-# How long a clone's answer is kept for a client that left and may come back; how many clones are kept, and shown.
-KEEP_SECONDS = 60.0
-KEEP_COUNT = 1000
-HISTORY = 100
-# The first and the longest delay before a locked source, or a PVE that is away, is tried again.
-FIRST_RETRY = 0.25
+KEEP_SECONDS = 60.0  # for which an answer is kept for a client that left and may come back
+KEEP_COUNT = 1000  # of ended clones
+HISTORY = 100  # of them are shown
+FIRST_RETRY = 0.25  # the first and the longest pause before a locked source, or a PVE that is away, is tried again
 LONGEST_RETRY = 0.5
 # Between two clones of somebody else's there is a lock and no task: so many tries in a row, this far apart, must find
 # a source locked and not being cloned before it counts as stuck.
 STUCK_TRIES = 3
 STUCK_PAUSE = 1.0
-# How long the client of a refused clone has to come back with another VMID.
-RETURN_SECONDS = 1.0
-# The shortest delay between two polls of a task whose process can't be watched.
-SHORTEST_POLL = 0.02
+RETURN_SECONDS = 1.0  # for which the client of a refused clone is expected back with another VMID
+SHORTEST_POLL = 0.02  # between two polls of a task whose process can't be watched
 LONGEST_LINE_DISTANCE = 60.0
 
 PVE = "PVE"  # the scope of a hold: all clones
-
+SHUTTING_DOWN = "the clone queue is shutting down; the clone was not started"
+OUTCOMES = ("completed", "failed", "taken", "rejected", "refused", "abandoned")
 
 # The errors that say "locked, and nothing was created", whole texts by kind of guest (pve-container, qemu-server): those
 # of a refused POST, and those of a task that has removed what it made. Only after these a clone is sent again.
@@ -1074,8 +1071,7 @@ class TaskProcess(contextlib.ExitStack):
 
 
 class CloneCall(NamedTuple):
-    """What the log and the locks need to know of a clone request, as PVE reads it. `newid` is "" if there is none, or
-    if the body has not been read."""
+    """A clone request as PVE reads it; `newid` is "" if there is none, or if the body has not been read."""
 
     kind: str
     node: str
@@ -1095,8 +1091,8 @@ class CloneCall(NamedTuple):
 def user_of(message: Message) -> str:
     """Who a request says it is: the name of its API token, or its ticket's user; never a secret."""
     credentials = " ".join(message.values.get("authorization", []) + message.values.get("cookie", []))
-    match = _TOKEN_NAME.search(credentials) or _TICKET_USER.search(credentials)
-    return printable(urllib.parse.unquote(match[1])) if match else ""
+    match = _USER.search(credentials)
+    return printable(urllib.parse.unquote(match[1] or match[2])) if match else ""
 
 
 def clone_call(request: Request, qemu: bool) -> CloneCall | None:
@@ -1121,8 +1117,7 @@ def lacks_token(request: Request) -> bool:
 
 
 def parameter(text: str, name: str) -> list[str]:
-    """The values of a parameter in a query or form, as PVE reads them: `;` separates like `&`, and a value ends at a
-    second `=`."""
+    """The values of a parameter in a query or form, as PVE reads them: `;` separates like `&`, a second `=` ends a value."""
     pairs = [part.split("=")[:2] for part in re.split("[&;]", text) if "=" in part]
     return [urllib.parse.unquote_plus(value, "latin-1") for key, value in pairs if urllib.parse.unquote_plus(key) == name]
 
@@ -1157,9 +1152,8 @@ class Client:
 
 
 class CloneJob:
-    """One clone and its life. All but the first block is guarded by the queue's mutex and changed by CloneQueue alone.
-
-    Where it is in its life follows from where it stands, in `queue` or in `ended`:
+    """One clone. All but the first block is guarded by the queue's mutex and changed by CloneQueue alone. Where it is in its
+    life follows from where it stands:
 
         waiting   in `queue`, and none of the below
         held      a hold is on one of its scopes: PVE, its node, its source
@@ -1167,9 +1161,8 @@ class CloneJob:
         running   it is `queue.running`
         ended     in `ended`, with its outcome
 
-    In all of them its `client` is there or has left; an equal request takes a left one over. Its `answer` can come before
-    its end: the 504 of a task that outlives -task-timeout, or PVE's own with -answer started. Once it is `delivered`, the
-    job is nobody's any more.
+    In all of them its `client` is there or has left; an equal request takes a left one over. Its `answer` can come before its
+    end: the 504 of a task that outlives -task-timeout, or PVE's own with -answer started. Once `delivered`, it is nobody's.
     """
 
     def __init__(self, call: CloneCall, outgoing: Outgoing, poll_fields: Fields, key: bytes, client: Client) -> None:
@@ -1219,8 +1212,7 @@ class Hold:
         self.vain = 0
 
     def end_of(self, job: CloneJob) -> float:
-        """When a job has waited as long as it may: that counts from its arrival or, if that is later, from when the hold
-        began."""
+        """When a job has waited as long as it may, from its arrival or, if that is later, from when the hold began."""
         return max(self.since, job.queued_at) + self.lock_timeout
 
 
@@ -1255,16 +1247,12 @@ class LoginRefusal(Refusal):
         self.answer = answer
 
 
-SHUTTING_DOWN = "the clone queue is shutting down; the clone was not started"
-OUTCOMES = ("completed", "failed", "taken", "rejected", "refused", "abandoned")
-
-
 class CloneQueue(queue.Queue[CloneJob]):
     """Clones in the order of their arrival, one at a time; never asks PVE.
 
-    A queue.Queue in the way queue.PriorityQueue is one: only what comes next is its own. `mutex`, which the conditions
-    share, guards all below and every job's life. It is held while a descriptor is asked whether its client is there,
-    which never waits, and while a line is put into the log's queue.
+    A queue.Queue in the way queue.PriorityQueue is one: only what comes next is its own. `mutex` guards all below and every
+    job's life. While it is held nothing waits: a descriptor is asked whether its client is there, a line is queued to be
+    logged.
 
         queue    what waits and what runs, in the order of arrival; a job that is put off never leaves its place
         ended    what has ended, the newest last; answers in it are forgotten after KEEP_SECONDS
@@ -1346,7 +1334,6 @@ class CloneQueue(queue.Queue[CloneJob]):
         return [self.holds[scope] for scope in job.scopes if scope in self.holds]
 
     def _state(self, job: CloneJob) -> str:
-        """Where a job is in its life, in one word."""
         states = {"ended": job.outcome, "taken": job.taken_by, "running": job is self.running,
                   "locked": job.source in self.holds, "away": self._holds_of(job)}  # fmt: skip
         return next((state for state, applies in states.items() if applies), "waiting")
@@ -1417,7 +1404,7 @@ class CloneQueue(queue.Queue[CloneJob]):
                 self._count("abandoned", f"CLONE DROPPED: {call}: its client left before it was queued")
 
     def collect(self, job: CloneJob, client: Client) -> Answer | None:
-        """The job's answer, which from now on is delivered; None if the client has left, or lost the job."""
+        """The job's answer, from now on delivered; None if the client has left, or lost the job."""
         with self.mutex:
             self._notice_who_left()
             if job.client is not client or client.left:
@@ -1426,7 +1413,7 @@ class CloneQueue(queue.Queue[CloneJob]):
             return job.answer
 
     def leave(self, job: CloneJob, client: Client) -> None:
-        """The client is about to close. To be called before its descriptor is closed."""
+        """The client's handler is about to close its descriptor."""
         with self.mutex:
             if job.client is client and not client.left:
                 self._mark_left(job)
@@ -1525,9 +1512,8 @@ class CloneQueue(queue.Queue[CloneJob]):
 
     def _put_off(self, job: CloneJob, put_off: PutOff) -> None:
         """All of that scope wait until its next try, and who has waited long enough is refused."""
-        if job.upid:
-            job.failed = job.failed or put_off.answer
-            job.accepted, job.upid = None, ""
+        job.failed = job.failed or job.accepted
+        job.accepted, job.upid = None, ""
         if self.draining:
             self._end_unstarted(job)
             return
@@ -1591,8 +1577,8 @@ class CloneQueue(queue.Queue[CloneJob]):
     # Operation and shutdown
 
     def look_around(self) -> None:
-        """Notice the clients that have left, go on refusing taken clones, and forget the answers that nobody has come back
-        for. To be called a few times a second: one thread that looks after all costs less than a hundred of them."""
+        """What is due without an event, a few times a second: notice the clients that have left, go on refusing taken
+        clones, and forget the answers that nobody has come back for."""
         oldest = time.monotonic() - KEEP_SECONDS
         with self.mutex:
             self._notice_who_left()
@@ -1633,7 +1619,7 @@ class CloneQueue(queue.Queue[CloneJob]):
         }
 
     def counts(self) -> tuple[CloneCall | None, float, int, dict[str, int]]:
-        """What runs, for how many seconds, how many wait, and the totals: little, since it is asked for all the time."""
+        """What runs, for how long, how many wait, and the totals: little, since it is asked for four times a second."""
         with self.mutex:
             running = self.running
             seconds = time.monotonic() - running.started_at if running else 0.0
@@ -1655,8 +1641,7 @@ class CloneQueue(queue.Queue[CloneJob]):
 
 
 class CloneWorker:
-    """The one thread that runs clones: takes the job whose turn it is, tries it, and tells the queue how that ended.
-    It holds no book of its own."""
+    """The one thread that runs clones: it takes the job whose turn it is, tries it, and tells the queue how that ended."""
 
     def __init__(self, settings: Settings, backend: Backend, clones: CloneQueue, on_accepted: Callable[[str], None]) -> None:
         """`on_accepted` is told each VMID with which PVE has started a clone."""
@@ -1684,9 +1669,9 @@ class CloneWorker:
         except BackendError as error:
             if isinstance(error, Away) and self._settings.lock_timeout:
                 return PutOff(PVE, error_answer(error), error.reason)
-            unknown = "" if isinstance(error, Unreachable) else "; the outcome of the clone is unknown: see PVE's task list"
-            reason = error.reason + unknown
-            return Ended("failed", error_answer(Refusal(error.status, reason)), reason, f"CLONE ERROR: {job.call}: {reason}")
+            if not isinstance(error, Unreachable):
+                error.reason += "; the outcome of the clone is unknown: see PVE's task list"
+            return Ended("failed", error_answer(error), error.reason, f"CLONE ERROR: {job.call}: {error.reason}")
         upid = upid_of(answer)
         if upid is None:
             return self._refused(job, answer)
@@ -1747,12 +1732,12 @@ class CloneWorker:
         too long its client is told so, but the queue is held by it all the same."""
         timeout, delay = self._settings.task_timeout, max(self._settings.poll_delay, 0.01)
         begin = last_success = next_line = time.monotonic()
-        deadline = begin + timeout  # for the client's answer
+        deadline = begin + timeout  # for the client's 504; without end when it has it
         last_error = ""
         with TaskProcess(job.upid) as process:
             while True:
                 process.sleep(min(delay, deadline - time.monotonic()))
-                # A silent backend must not hold up the client's 504 for long.
+                # Until then a silent backend must not hold up the client's answer for long.
                 seconds = min(max(1.0, deadline - time.monotonic()), self._settings.request_timeout)
                 exit_status, error = self._poll(job, job.upid, seconds)
                 if exit_status is not None:
@@ -1805,8 +1790,8 @@ class Reservations:
     """The VMIDs that were handed out within -reserve-nextid, and the answers to `/cluster/nextid` that respect them.
 
     A VMID is spoken for when it was handed out, or is the `newid` of a clone that waits or runs. Only PVE's answers of 200
-    hand one out, so what PVE refuses to a stranger touches no reservation. `_lock` guards `_by_vmid`, the oldest first:
-    until when each is spoken for, and who may probe it once, since the number came without being asked for.
+    hand one out: a stranger, whom PVE refuses, touches no reservation. `_lock` guards `_by_vmid`, the oldest first: until
+    when each is spoken for, and who may probe it once, since the number came without being asked for.
     """
 
     def __init__(self, seconds: float, clones: CloneQueue) -> None:
@@ -1816,8 +1801,8 @@ class Reservations:
         self._by_vmid: dict[str, tuple[float, Owner | None]] = {}
 
     def answer(self, target: str, owner: Owner, ask: Ask) -> Answer:
-        """The answer to a GET of that target; `ask` gives PVE's to the same request with another target. Raises what
-        `ask` raises."""
+        """The answer to a GET of that target: PVE's, or the one that PVE gives for a VMID that is taken. `ask` gives PVE's to
+        a GET of any target, and may raise."""
         path, _, query = target.partition("?")
         answer = ask(target)
         if answer.status != 200:
@@ -1825,7 +1810,11 @@ class Reservations:
         if not (wanted := parameter(query, "vmid")):
             return self._next_free(path, answer, owner, ask)
         vmid = wanted[0].lstrip("0")
-        return answer if self._claim(vmid, probed_by=owner) else _vmid_taken(vmid)
+        if self._claim(vmid, probed_by=owner):
+            return answer
+        reason = "Parameter verification failed."
+        content = {"data": None, "errors": {"vmid": f"VM {vmid} already exists"}, "message": f"{reason}\n"}
+        return Answer(400, reason, [("Content-Type", "application/json;charset=UTF-8")], json.dumps(content).encode())
 
     def _next_free(self, path: str, first: Answer, owner: Owner, ask: Ask) -> Answer:
         """PVE's first answer, or the one for the next number above that is neither spoken for nor taken."""
@@ -1868,13 +1857,6 @@ class Reservations:
 def is_next_id(request: Request) -> bool:
     """Whether a request asks for a free VMID, or whether one is free. (`extjs` is the web GUI's.)"""
     return (request.method, request.length) == ("GET", 0) and request.path_parts() == ["api2", "json", "cluster", "nextid"]
-
-
-def _vmid_taken(vmid: str) -> Answer:
-    """What PVE answers for a VMID that is taken."""
-    content = {"data": None, "errors": {"vmid": f"VM {vmid} already exists"}, "message": "Parameter verification failed.\n"}
-    fields = [("Content-Type", "application/json;charset=UTF-8")]
-    return Answer(400, "Parameter verification failed.", fields, json.dumps(content).encode())
 
 
 # Handler: one thread for each connection; reads requests, decides what they are, answers them.
