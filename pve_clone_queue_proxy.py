@@ -1483,12 +1483,11 @@ class CloneQueue(queue.Queue[CloneJob]):
     def is_time_over(self, scope: str) -> bool:
         """Whether a job of that scope, which may be the running one, has waited for its hold as long as it may."""
         with self.mutex:
-            return any(end <= time.monotonic() for end in self._ends_of_time(scope).values())
+            return bool(self._out_of_time(scope))
 
-    def _ends_of_time(self, scope: str) -> dict[CloneJob, float]:
-        """The jobs that wait for a scope's hold, or run, and until when they may."""
-        hold = self.holds.get(scope)
-        return {job: hold.end_of(job) for job in self.queue if hold and scope in job.scopes and not job.taken_by}
+    def _out_of_time(self, scope: str) -> list[CloneJob]:
+        hold, now = self.holds.get(scope), time.monotonic()
+        return [job for job in self.queue if hold and scope in job.scopes and not job.taken_by and hold.end_of(job) <= now]
 
     def settle(self, job: CloneJob, result: Ended | PutOff) -> None:
         """The running job has ended, or its try made nothing and it is put off."""
@@ -1525,15 +1524,10 @@ class CloneQueue(queue.Queue[CloneJob]):
         now = time.monotonic()
         if put_off.being_cloned:
             hold.since = now
-        ends = self._ends_of_time(put_off.scope)
-        over = [other for other, end in ends.items() if end <= now]
+        over = self._out_of_time(put_off.scope)
         hold.vain = hold.vain + 1 if over else 0
-        if over:
-            hold.until = now + STUCK_PAUSE
-        else:
-            # Not later than when the first one's time is over, so that it is tried once more then.
-            hold.until = min(now + hold.pause * random.uniform(0.8, 1.2), *ends.values())
-            hold.pause = min(LONGEST_RETRY, 1.5 * hold.pause)
+        hold.until = now + (STUCK_PAUSE if over else hold.pause * random.uniform(0.8, 1.2))
+        hold.pause = min(LONGEST_RETRY, 1.5 * hold.pause)
         if put_off.scope == job.source and hold.vain < STUCK_TRIES:
             return
         own = error_answer(Refusal(max(put_off.answer.status, 500), hold.text))
