@@ -1275,8 +1275,7 @@ class CloneQueue(queue.Queue[CloneJob]):
         self.waits: dict[str, float] = {"sum": 0, "count": 0}
         self.runs: dict[str, float] = {"sum": 0, "count": 0}
         self._fresh_is_next = False  # the last try was one of a job that had been put off
-        # See `_refuse_taken`
-        self._refuse_at_once = 1
+        self._refuse_at_once = 1  # see `_refuse_taken`
         self._expected_until = 0.0  # 0 if no client of a refused clone is expected back
         self._returned: CloneJob | None = None
 
@@ -1430,13 +1429,12 @@ class CloneQueue(queue.Queue[CloneJob]):
 
         A clone is taken when it waits and PVE has accepted another one with the same VMID, which runs or has succeeded
         since: PVE would refuse it from that moment on. (It can't be asked: while the source is being cloned it says locked.)
-        Clients that are refused look for another VMID, and find the smallest one with which PVE has not *started* a
-        clone. Two that look at the same time find the same one, and collide again. So when the oldest taken clone has been
-        refused, the first that arrives after it, and is not taken, is held to be its client's, back with a new number. It is
-        started next, and only when PVE has accepted it (or it can't be: it ended, left, is taken or held) is the next one
-        refused. So no two look at the same time, and since that falls into the time in which the returned clone runs,
-        the worker never idles. Where nobody comes back within RETURN_SECONDS, clients may be of the kind that gives up:
-        then two are refused, then four, and so on, until there is an arrival.
+        Clients that are refused look for another VMID, and find the smallest one with which PVE has not *started* a clone:
+        two that look at the same time find the same one, and collide again. So when the oldest taken clone has been refused,
+        the first that arrives after it, and is not taken, is held to be its client's, back with a new number. It is started
+        next, and only when PVE has accepted it (or it can't be: it ended, left, is taken or held) is the next one refused,
+        which looks while that one runs: the worker never idles. Where nobody comes back within RETURN_SECONDS, clients may
+        be of the kind that gives up: then two are refused, then four, and so on, until there is an arrival.
         """
         now, back = time.monotonic(), self._returned
         is_coming = back in self.queue and not (back.client.left or back.upid or back.taken_by or self._holds_of(back))
