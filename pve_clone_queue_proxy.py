@@ -1274,7 +1274,7 @@ class CloneQueue(queue.Queue[CloneJob]):
         self.totals = dict.fromkeys((*OUTCOMES, "lock_retries"), 0)
         self.waits: dict[str, float] = {"sum": 0, "count": 0}
         self.runs: dict[str, float] = {"sum": 0, "count": 0}
-        self._fresh_is_next = False  # the last try was one of a job that had been put off
+        self._fresh_is_next = False  # since the last try was one of a job that had been put off
         self._refuse_at_once = 1  # see `_refuse_taken`
         self._expected_until = 0.0  # 0 if no client of a refused clone is expected back
         self._returned: CloneJob | None = None
@@ -1315,7 +1315,7 @@ class CloneQueue(queue.Queue[CloneJob]):
     def _next(self) -> tuple[CloneJob | None, float | None]:
         """Of the jobs that are neither taken nor held any more, the first in the order of arrival; or None, and after how
         many seconds there may be one. Of a hold's scope only the first one tries. Those that are due again and new ones
-        take turns, since PVE may take 10 s to say locked. Among the new ones, who is back with another VMID comes first."""
+        take turns, since PVE may take 10 s to say locked. Who is back with another VMID comes before other new ones."""
         now = time.monotonic()
         due: dict[CloneJob, float] = {}  # when each may be tried; 0 for a new one
         met: set[Hold] = set()
@@ -1324,10 +1324,11 @@ class CloneQueue(queue.Queue[CloneJob]):
             if met.isdisjoint(holds):
                 due[job] = max((hold.until for hold in holds), default=0.0)
             met.update(holds)
-        ready = [job for job, at in due.items() if at <= now]
-        ready.sort(key=lambda job: ((due[job] > 0) == self._fresh_is_next, due[job], job is not self._returned))
-        self._fresh_is_next = bool(ready) and due[ready[0]] > 0
-        return ready[0] if ready else None, min(due.values()) - now if due else None
+        # False is less than True: first whose turn it is, then who is due for longest, then who is back, then the first.
+        order = {job: ((at > 0) == self._fresh_is_next, at, job is not self._returned) for job, at in due.items() if at <= now}
+        chosen = min(order, key=order.__getitem__, default=None)
+        self._fresh_is_next = chosen is not None and due[chosen] > 0
+        return chosen, min(due.values()) - now if due else None
 
     def _holds_of(self, job: CloneJob) -> list[Hold]:
         return [self.holds[scope] for scope in job.scopes if scope in self.holds]
