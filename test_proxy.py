@@ -1018,6 +1018,13 @@ class Wire(Closing):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
+    def send_until_stopped(self) -> None:
+        """Send until the peer takes no more for a while."""
+        self.sock.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self.send(bytes(1 << 20))
+
     def more(self) -> bool:
         """Wait for more bytes; False at the end."""
         data = self.sock.recv(65536)
@@ -1983,7 +1990,7 @@ class Relaying(unittest.TestCase):
             self.assertTrue(wire.closed())
             self.assertEqual(backend.requests[0].get("host"), f"127.0.0.1:{backend.port}".encode())
 
-    def test_request_lines_of_other_forms_and_behind_an_empty_line(self) -> None:
+    def test_absolute_form_uses_path_and_query_alone_and_an_empty_line_is_skipped(self) -> None:
         with answering(OK) as backend, Proxy(backend.url) as proxy:
             for sent, got in [
                 (b"GET http://evil.example/a?b", b"GET /a?b"), (b"GET https://evil.example", b"GET /"),
@@ -2261,8 +2268,9 @@ class Strictness(unittest.TestCase):
                     self.assertNotIn(b"evil", response.first + response.body)
 
     def test_answers_that_break_off_never_look_complete(self) -> None:
-        chunks = b"Transfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n"
-        table = [b"Content-Length: 10\r\n\r\n12345", chunks, chunks[:-2], chunks + b"x\r\n", chunks + b"0\r\nT: 1\r\n"]
+        chunked, chunk = b"Transfer-Encoding: chunked\r\n\r\n", b"5\r\n12345\r\n"
+        table = [b"Content-Length: 10\r\n\r\n12345", chunked + chunk, chunked + b"9\r\n12345", chunked + chunk + b"x\r\n",
+                 chunked + chunk + b"0\r\nT: 1\r\n"]  # fmt: skip
         with by_path([b"HTTP/1.1 200 OK\r\n" + rest for rest in table]) as backend, Proxy(backend.url) as proxy:
             for (index, rest), version in itertools.product(enumerate(table), (b"1.1", b"1.0")):
                 with self.subTest(rest, version=version), proxy.wire() as wire:
@@ -2308,19 +2316,19 @@ class Strictness(unittest.TestCase):
 class Streaming(unittest.TestCase):
     def test_the_first_byte_is_passed_on_when_it_arrives(self) -> None:
         go_on = threading.Event()
+        parts = (b"1\r\na\r\n", b"1\r\nb\r\n", b"0\r\n\r\n")
 
-        def script(wire: Wire) -> None:
-            backend.request(wire)
-            wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-            for part in (b"1\r\na\r\n", b"1\r\nb\r\n", b"0\r\n\r\n"):
+        def send_parts(wire: Wire) -> None:
+            for part in parts:
                 go_on.wait(LONG)
                 go_on.clear()
                 wire.send(part)
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with saying(head, send_parts) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
             wire.send(GET)
             wire.head()
-            for part in (b"1\r\na\r\n", b"1\r\nb\r\n", b"0\r\n\r\n"):
+            for part in parts:
                 go_on.set()
                 self.assertEqual(wire.exactly(len(part)), part)
 
@@ -2342,108 +2350,67 @@ class Streaming(unittest.TestCase):
             self.assertEqual(b"".join(seen), b"000000010002")
 
     def test_an_early_answer_reaches_the_client(self) -> None:
-        for reads_on in (False, True):
-
-            def script(wire: Wire, reads_on: bool = reads_on) -> None:
-                wire.head()
-                wire.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
-                if reads_on:
-                    wire.rest()
-
-            with self.subTest(reads_on=reads_on), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
-                with proxy.wire() as wire:
-                    response = wire.ask(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 100000)
-                    self.assertEqual((response.status, response.body), (413, b"big"))
-                    self.assertEqual(response.get("connection"), b"close")
-                    self.assertTrue(wire.closed())
+        too_large = b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig"
+        for then in (Wire.close, Wire.rest):
+            with self.subTest(then.__name__), saying(too_large, then) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+                response = wire.ask(POST + b"Content-Length: 1000000000\r\n\r\n" + b"x" * 100000)
+                self.assertEqual((response.status, response.body), (413, b"big"))
+                self.assertEqual(response.get("connection"), b"close")
+                self.assertTrue(wire.closed())
 
     def test_a_bad_interim_answer_to_an_upload_is_not_passed_on(self) -> None:
-        for bad in (
-            SWITCHING,
-            b"HTTP/1.1 102 Processing\r\nno colon\r\n\r\n",
-        ):
-
-            def script(wire: Wire, bad: bytes = bad) -> None:
-                wire.head()
-                wire.send(bad + OK)
-                wire.rest()
-
-            with self.subTest(bad), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
-                response = wire.ask(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n12345")
+        for bad in (SWITCHING, b"HTTP/1.1 102 Processing\r\nno colon\r\n\r\n"):
+            with self.subTest(bad), saying(bad + OK, Wire.rest) as backend, Proxy(backend.url) as proxy:
+                response = proxy.ask(POST + b"Content-Length: 10\r\n\r\n12345")
                 self.assertEqual(response.status, 502)
                 self.assertIn(b"malformed", response.first)
 
     def test_a_backend_that_leaves_in_mid_upload_is_a_502(self) -> None:
         for tls, leave in itertools.product((False, True), (Wire.close, Wire.reset)):
-
-            def script(wire: Wire, leave: Callable[[Wire], None] = leave) -> None:
-                wire.head()
-                leave(wire)
-
-            with self.subTest(leave.__name__, tls=tls), ScriptedBackend(script, tls) as backend, Proxy(backend.url) as proxy:
-                self.assertEqual(proxy.ask(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n\r\n12345").status, 502)
+            with self.subTest(leave.__name__, tls=tls), saying(b"", leave, tls) as backend, Proxy(backend.url) as proxy:
+                self.assertEqual(proxy.ask(POST + b"Content-Length: 10\r\n\r\n12345").status, 502)
 
     def test_an_early_answer_over_tls_reaches_the_client(self) -> None:
         with FakePVE() as pve, Proxy(pve.url) as proxy, proxy.wire() as wire:
-            answer = wire.ask(b"POST /api2/json/x HTTP/1.1\r\nHost: h\r\nContent-Length: 900000\r\n\r\n" + b"x" * 1000)
-            self.assertEqual(answer.status, 501)
+            self.assertEqual(wire.ask(POST + b"Content-Length: 900000\r\n\r\n" + b"x" * 1000).status, 501)
 
     def test_a_client_that_leaves_in_mid_upload_ends_the_backends_connection(self) -> None:
-        for chunked in (False, True):
-            ends: list[bytes] = []
+        for framing in (b"Transfer-Encoding: chunked\r\n\r\n4\r\n", b"Content-Length: 12\r\n\r\n"):
+            got: list[bytes] = []
 
-            def script(wire: Wire, ends: list[bytes] = ends) -> None:
-                wire.head()
-                try:
-                    ends.append(wire.rest())
-                except OSError:
-                    ends.append(b"reset")
+            def read(wire: Wire, got: list[bytes] = got) -> None:
+                with contextlib.suppress(OSError):
+                    while wire.more():
+                        pass
+                got.append(wire.buffer)
 
-            framing = b"Transfer-Encoding: chunked\r\n\r\n4\r\n" if chunked else b"Content-Length: 12\r\n\r\n"
-            with self.subTest(chunked=chunked), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            with self.subTest(framing), saying(b"", read) as backend, Proxy(backend.url) as proxy:
                 with proxy.wire() as wire:
-                    wire.send(b"POST / HTTP/1.1\r\nHost: h\r\n" + framing + b"1234")
-                wait_until(functools.partial(list, ends), "the backend to see the end")
-                self.assertNotIn(b"0\r\n\r\n", ends[0])
+                    wire.send(POST + framing + b"1234")
+                wait_until(functools.partial(list, got), "the backend to see the end")
+                self.assertNotIn(b"0\r\n\r\n", got[0])
 
     def test_a_client_that_leaves_while_the_backend_does_not_read(self) -> None:
         done = threading.Event()
-
-        def script(wire: Wire) -> None:
-            wire.head()
-            done.wait(LONG)
-
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+        with saying(b"", lambda wire: done.wait(LONG)) as backend, Proxy(backend.url) as proxy:
             self.assertEqual(proxy.ask(b"bad\r\n\r\n").status, 400)  # so that what is opened once is open
             descriptors = proxy.descriptors()
             with proxy.wire() as wire:
-                wire.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000\r\n\r\n")
-                wire.sock.settimeout(0.5)
-                with self.assertRaises(TimeoutError):
-                    while True:
-                        wire.send(bytes(1 << 20))
+                wire.send(POST + b"Content-Length: 1000000000\r\n\r\n")
+                wire.send_until_stopped()
                 wire.reset()
             wait_until(lambda: proxy.descriptors() <= descriptors, "both connections to be closed", 5)
             done.set()
 
     def test_a_client_that_leaves_frees_the_backend(self) -> None:
         for answer in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n1"):
-            ended = threading.Event()
-
-            def script(wire: Wire, answer: bytes = answer, ended: threading.Event = ended) -> None:
-                backend.request(wire)
-                wire.send(answer)
-                with contextlib.suppress(OSError):
-                    wire.rest()
-                ended.set()
-
-            with self.subTest(answer), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            with self.subTest(answer), saying(answer, Wire.rest) as backend, Proxy(backend.url) as proxy:
                 with proxy.wire() as wire:
                     wire.send(GET)
                     wait_until(backend.asked, "the request at the backend")
                     if answer:
                         wire.until(b"\r\n\r\n1")
-                self.assertTrue(ended.wait(LONG))
+                wait_until(backend.idle, "the backend to see the end")
 
     def test_large_bodies_in_little_memory(self) -> None:
         size = 128 << 20
@@ -2474,11 +2441,10 @@ class Streaming(unittest.TestCase):
 
 class Deadlines(unittest.TestCase):
     def test_a_silent_backend_is_a_504(self) -> None:
-        with ScriptedBackend(silent) as backend:
-            with Proxy(backend.url, "-request-timeout", "200ms") as proxy:
-                response = proxy.get("/")
-                self.assertEqual(response.status, 504)
-                self.assertIn(b"no answer within 0.2 s", response.first)
+        with ScriptedBackend(silent) as backend, Proxy(backend.url, "-request-timeout", "200ms") as proxy:
+            response = proxy.get("/")
+            self.assertEqual(response.status, 504)
+            self.assertIn(b"no answer within 0.2 s", response.first)
 
     def test_silence_is_bounded_and_length_is_not(self) -> None:
         stalls = threading.Event()
@@ -2499,8 +2465,7 @@ class Deadlines(unittest.TestCase):
 
     def test_a_stalled_upload_is_a_408(self) -> None:
         with answering(OK) as backend, Proxy(backend.url, "-request-timeout", "200ms") as proxy:
-            response = proxy.ask(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n123")
-            self.assertEqual(response.status, 408)
+            self.assertEqual(proxy.ask(POST + b"Content-Length: 5\r\n\r\n123").status, 408)
 
     def test_slow_clients_keep_nobody_out(self) -> None:
         """More dripping clients than connections: the oldest give way."""
@@ -2532,17 +2497,6 @@ class Deadlines(unittest.TestCase):
             wait_until(lambda: proxy.get("/").status == 200, "room again")
 
 
-def switching(goes_on: Callable[[Wire], object]) -> ScriptedBackend:
-    """A backend that switches protocols, and how it goes on then."""
-
-    def script(wire: Wire) -> None:
-        wire.head()
-        wire.send(SWITCHING)
-        goes_on(wire)
-
-    return ScriptedBackend(script)
-
-
 class Tunnels(unittest.TestCase):
     def test_a_console_over_tls(self) -> None:
         with FakePVE() as pve, Proxy(pve.url) as proxy, proxy.wire() as wire:
@@ -2560,59 +2514,47 @@ class Tunnels(unittest.TestCase):
         """A side that does not read stops the other, and memory stays flat."""
         sent = [0, 0]
 
-        def flood(sock: socket.socket, which: int) -> None:
-            piece = bytes(1 << 16)
+        def flood(wire: Wire, which: int = 0) -> None:
+            wire.sock.settimeout(None)
             with contextlib.suppress(OSError):
                 while True:
-                    sent[which] += sock.send(piece)
+                    sent[which] += wire.sock.send(bytes(1 << 16))
 
-        def goes_on(wire: Wire) -> None:
-            wire.sock.settimeout(None)
-            flood(wire.sock, 0)
+        def stopped() -> bool:
+            before = list(sent)
+            threading.Event().wait(0.2)
+            return all(before) and before == sent
 
-        with switching(goes_on) as backend, Proxy(backend.url) as proxy, proxy.tunnel() as wire:
-            wire.sock.settimeout(None)
-            threading.Thread(target=flood, args=(wire.sock, 1), daemon=True).start()
-
-            def stopped() -> bool:
-                before = list(sent)
-                threading.Event().wait(0.2)
-                return all(before) and before == sent
-
+        with saying(SWITCHING, flood) as backend, Proxy(backend.url) as proxy, proxy.tunnel() as wire:
+            threading.Thread(target=flood, args=(wire, 1), daemon=True).start()
             wait_until(stopped, "both sides to be stopped")
             self.assertLess(proxy.memory(), 60 * 1024)
             wire.sock.shutdown(socket.SHUT_RDWR)
 
     def test_a_reset_behind_a_full_buffer_ends_it(self) -> None:
         done = threading.Event()
-        with switching(lambda wire: done.wait(LONG)) as backend, Proxy(backend.url) as proxy:
+        with saying(SWITCHING, lambda wire: done.wait(LONG)) as backend, Proxy(backend.url) as proxy:
             with proxy.tunnel() as wire:
                 threads = proxy.threads()
-                wire.sock.settimeout(0.5)
-                with self.assertRaises(TimeoutError):
-                    while True:
-                        wire.send(bytes(1 << 20))
+                wire.send_until_stopped()
                 wire.reset()
             wait_until(lambda: proxy.threads() < threads, "the tunnel's thread to end", 5)
             done.set()
 
     def test_half_close_is_carried_over(self) -> None:
-        with (
-            switching(lambda wire: wire.send(b"got " + wire.rest())) as backend,
-            Proxy(backend.url) as proxy,
-            proxy.tunnel() as wire,
-        ):
-            wire.send(b"all of this")
-            wire.sock.shutdown(socket.SHUT_WR)
-            self.assertEqual(wire.rest(), b"got all of this")
-            wait_until(lambda: not backend.open, "the backend's end")
+        with saying(SWITCHING, lambda wire: wire.send(b"got " + wire.rest())) as backend:
+            with Proxy(backend.url) as proxy, proxy.tunnel() as wire:
+                wire.send(b"all of this")
+                wire.sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(wire.rest(), b"got all of this")
+                wait_until(backend.idle, "the backend's end")
 
     def test_what_was_said_before_a_close_arrives_at_a_slow_reader_that_says_no_more(self) -> None:
-        def goes_on(wire: Wire) -> None:
+        def say_much_at_the_end(wire: Wire) -> None:
             wire.rest()
             wire.send(bytes(24_000_000))
 
-        with switching(goes_on) as backend, Proxy(backend.url) as proxy, proxy.tunnel() as wire:
+        with saying(SWITCHING, say_much_at_the_end) as backend, Proxy(backend.url) as proxy, proxy.tunnel() as wire:
             wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
             wire.sock.shutdown(socket.SHUT_WR)
             count = len(wire.buffer)
@@ -2621,17 +2563,17 @@ class Tunnels(unittest.TestCase):
             self.assertEqual(count, 24_000_000)
 
     def test_close_is_carried_over(self) -> None:
-        with switching(Wire.rest) as backend, Proxy(backend.url) as proxy:
+        with saying(SWITCHING, Wire.rest) as backend, Proxy(backend.url) as proxy:
             with proxy.tunnel():
                 threads = proxy.threads()
-            wait_until(lambda: not backend.open, "the backend's end")
+            wait_until(backend.idle, "the backend's end")
             wait_until(lambda: proxy.threads() < threads, "the tunnel's thread to end")
 
     def test_a_refused_upgrade_is_an_ordinary_answer(self) -> None:
-        with answering(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", OK) as backend:
-            with Proxy(backend.url) as proxy, proxy.wire() as wire:
-                self.assertEqual(wire.ask(UPGRADE).status, 403)
-                self.assertEqual(wire.ask(GET).body, b"ok")
+        forbidden = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno"
+        with answering(forbidden, OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            self.assertEqual(wire.ask(UPGRADE).status, 403)
+            self.assertEqual(wire.ask(GET).body, b"ok")
 
     def test_other_upgrades_are_not_offered(self) -> None:
         with answering(OK) as backend, Proxy(backend.url) as proxy:
