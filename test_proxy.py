@@ -468,16 +468,13 @@ class FakePVE(Closing):
         """The running tasks that a caller may see. The list is brought up to date when a task starts and every
         `list_age` seconds, so that it may still have some that are over. All are listed for any node, for tests that
         pretend that theirs run elsewhere."""
-        wanted = parameters.get("vmid"), parameters.get("typefilter")
+        source, type_ = parameters.get("vmid"), parameters.get("typefilter")
         with self.lock:
             if time.monotonic() - self._listed_at >= self.list_age:
                 self._list_running()
             tasks = [task for task in self._listed if user in self.privileged or task.belongs_to(user)]
-        return [
-            {**task.describe(), "status": "RUNNING"}
-            for task in tasks
-            if wanted[0] in (None, task.source) and wanted[1] in (None, task.type)
-        ]
+        tasks = [task for task in tasks if source in (None, task.source) and type_ in (None, task.type)]
+        return [{**task.describe(), "status": "RUNNING"} for task in tasks]
 
     def task_status(self, upid: str, user: str) -> dict[str, object]:
         """Whether a task runs, and how it ended."""
@@ -1063,20 +1060,18 @@ class Wire(Closing):
     def message(self, no_body: bool = False) -> Message:
         """A whole message, its body by its own framing (or up to the close)."""
         message = self.head()
-        if message.first[9:10] == b"1" and message.first[9:12] != b"101":
-            return message
-        chunked = message.get("transfer-encoding") == b"chunked"
+        status = message.first[9:12] if message.first.startswith(b"HTTP/") else b""
         length = message.get("content-length")
-        if no_body or message.first[9:12] in (b"204", b"304", b"101"):
+        if no_body or status.startswith(b"1") or status in (b"204", b"304"):
             pass
-        elif chunked:
+        elif message.get("transfer-encoding") == b"chunked":
             while size := int(self.until(b"\r\n"), 16):
                 message.body += self.exactly(size)
                 self.exactly(2)
             self.until(b"\r\n")
         elif length is not None:
             message.body = self.exactly(int(length))
-        elif message.first.startswith(b"HTTP/"):
+        elif status:
             message.body = self.rest()
         return message
 
@@ -1488,7 +1483,7 @@ class SimulatedPVE(unittest.TestCase):
     """What the other tests rely on: it is as odd as the real one."""
 
     def setUp(self) -> None:
-        self.pve = self.enterContext(FakePVE(tls=""))
+        self.pve = self.enterContext(FakePVE(tls="", clone_seconds=ENDLESS))
 
     def ask(self, target: str, method: str = "GET", *, body: str = "", token: str = TOKEN, extra: str = "") -> Message:
         """The answer to one request on a connection of its own."""
@@ -1532,9 +1527,8 @@ class SimulatedPVE(unittest.TestCase):
             self.assertEqual(self.text(answer), "400 bad request", "only the line behind the dropped one can be one")
 
     def test_underscores_in_names_are_hyphens(self) -> None:
-        head = f"POST /api2/json/nodes/pve/lxc/9000/clone HTTP/1.1\r\nAuthorization: {TOKEN}\r\nContent_Length: 9\r\n\r\n"
         with Wire.to(self.pve.port) as wire:
-            self.assertEqual(wire.ask(head.encode() + b"newid=201").status, 200)
+            self.assertEqual(wire.ask(clone_request(201).replace(b"Content-Length", b"Content_Length")).status, 200)
 
     def test_paths_and_formats(self) -> None:
         self.pve.locks["9000"] = "backup"
@@ -1551,30 +1545,21 @@ class SimulatedPVE(unittest.TestCase):
     def test_parameters(self) -> None:
         form, as_json = "", "application/json"
         for query, body, content_type, newid in [
-            ("newid=7", "newid=8", form, "7"),
-            ("", "a=1;newid=201&b", form, "201"),
-            ("", "newid=904=5", form, "904"),
-            ("", "new%69d=+2%301", form, " 201"),
-            ("", "newid=1;newid=2&newid=3", form, ["1", "2", "3"]),
-            ("", "newid=", form, ""),
-            ("", "newid", form, None),
-            ("newid=3", "newid=1&newid=2", form, "3"),
-            ("", '{"newid":9}', as_json, 9),
-            ("", '{"newid":"9"}', "application/json; charset=utf-8", "9"),
-            ("", '{"newid":9}', form, None),
-        ]:
+            ("newid=7", "newid=8", form, "7"), ("", "a=1;newid=201&b", form, "201"), ("", "newid=904=5", form, "904"),
+            ("", "new%69d=+2%301", form, " 201"), ("", "newid=1;newid=2&newid=3", form, ["1", "2", "3"]),
+            ("", "newid=", form, ""), ("", "newid", form, None), ("newid=3", "newid=1&newid=2", form, "3"),
+            ("", '{"newid":9}', as_json, 9), ("", '{"newid":"9"}', as_json + ";a=b", "9"), ("", '{"newid":9}', form, None),
+        ]:  # fmt: skip
             with self.subTest(query=query, body=body):
                 self.assertEqual(parameters_of(query, body.encode(), content_type).get("newid"), newid)
-        for newid, text in [
-            ("1&newid=1", "403 Permission check failed"), ("", "400 Parameter verification failed."),
-            ("x", "400 Parameter verification failed."), ("99", "400 Parameter verification failed."), ("0201", "200 OK"),
-        ]:  # fmt: skip
+        self.assertEqual(self.text(self.clone("1&newid=1")), "403 Permission check failed")
+        for newid in ("", "x", "99"):
             with self.subTest(newid):
-                self.assertEqual(self.text(self.clone(newid)), text)
+                self.assertEqual(self.text(self.clone(newid)), "400 Parameter verification failed.")
+        self.assertEqual(self.clone("0201").status, 200)
         self.assertIn("201", self.pve.guests)
 
     def test_refusals_of_clones_and_their_order(self) -> None:
-        self.pve.clone_seconds = ENDLESS
         self.assertEqual(self.text(self.clone(201)), "200 OK")
         for newid, source, kind, text in [
             (201, 9000, "lxc", "CT is locked (disk)"),
@@ -1594,7 +1579,6 @@ class SimulatedPVE(unittest.TestCase):
         self.assertEqual(self.pve.overlaps, 1)
 
     def test_new_guests_are_listed_and_their_numbers_not_free(self) -> None:
-        self.pve.clone_seconds = ENDLESS
         self.assertEqual(self.data("/cluster/nextid"), "100")
         self.clone(100)
         self.clone(101, 8000, "qemu")
@@ -1614,7 +1598,6 @@ class SimulatedPVE(unittest.TestCase):
 
     def test_running_tasks_are_listed_for_their_owner_and_the_list_may_be_old(self) -> None:
         other = "PVEAPIToken=o?d%d#@pve!ci=secret"
-        self.pve.clone_seconds = ENDLESS
         upid = json.loads(self.clone(201, token=other).body)["data"]
         self.assertTrue(upid.endswith(":o?d%d#@pve!ci:"))
         path = "/nodes/pve/tasks?source=active&vmid=9000&typefilter=vzclone"
@@ -1657,7 +1640,6 @@ class SimulatedPVE(unittest.TestCase):
                 self.assertEqual(answer.all("connection"), connection)
 
     def test_workers_that_are_killed_stopped_or_not_started(self) -> None:
-        self.pve.clone_seconds = ENDLESS
         self.clone(201)
         self.clone(202, 9001)
         killed, stopped = self.pve.tasks
@@ -1689,7 +1671,6 @@ class SimulatedPVE(unittest.TestCase):
         self.assertEqual(self.ask("/").status, 200)
 
     def test_clients_that_choose_their_numbers(self) -> None:
-        self.pve.clone_seconds = ENDLESS
         chooser = Chooser(self.pve.port, tries=2)
         for number, choose in enumerate([chooser.by_list, chooser.by_nextid, chooser.by_probe, chooser.by_nextid_then_probe], 100):
             with self.subTest(choose.__name__):
@@ -1970,18 +1951,14 @@ class Relaying(unittest.TestCase):
 
     def test_forwarded_for_is_one_address(self) -> None:
         with answering(OK) as backend, Proxy(backend.url) as proxy:
-            for fields, address in [
-                ([], b"127.0.0.1"),
-                (["X-Forwarded-For: 192.0.2.7"], b"192.0.2.7"),
-                (["X-Forwarded-For: 10.0.0.1, 192.0.2.7"], b"192.0.2.7"),
-                (["X-Forwarded-For: 10.0.0.1", "x-forwarded-for: 2001:db8::1"], b"2001:db8::1"),
-                (["X-Forwarded-For: ::ffff:192.0.2.9"], b"192.0.2.9"),
-                (["X-Forwarded-For: 192.0.2.7, nonsense"], b"127.0.0.1"),
-                (["X-Forwarded-For: 192.0.2.7:80"], b"127.0.0.1"),
-                (["X-Forwarded-For: fe80::1%x AUTH FAILED"], b"fe80::1"),
-            ]:
-                with self.subTest(fields):
-                    proxy.get("/", *fields)
+            for values, address in [
+                ([], b"127.0.0.1"), (["192.0.2.7"], b"192.0.2.7"), (["10.0.0.1, 192.0.2.7"], b"192.0.2.7"),
+                (["10.0.0.1", "2001:db8::1"], b"2001:db8::1"), (["::ffff:192.0.2.9"], b"192.0.2.9"),
+                (["192.0.2.7, nonsense"], b"127.0.0.1"), (["192.0.2.7:80"], b"127.0.0.1"),
+                (["fe80::1%x AUTH FAILED"], b"fe80::1"),
+            ]:  # fmt: skip
+                with self.subTest(values):
+                    proxy.get("/", *(f"x-Forwarded-for: {value}" for value in values))
                     self.assertEqual(backend.requests[-1].all("x-forwarded-for"), [address])
 
     def test_http_1_0_request_without_host_gets_the_backends(self) -> None:
@@ -2039,21 +2016,19 @@ class Relaying(unittest.TestCase):
 
     def test_interim_answers_reach_http_1_1_clients(self) -> None:
         interim = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
-        with answering(interim * 2 + OK) as backend, Proxy(backend.url) as proxy:
-            with proxy.wire() as wire:
-                wire.send(GET)
-                self.assertEqual([wire.message().status for _ in range(3)], [103, 103, 200])
+        with answering(interim * 2 + OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(GET)
+            self.assertEqual([wire.message().status for _ in range(3)], [103, 103, 200])
             self.assertEqual(proxy.ask(b"GET / HTTP/1.0\r\n\r\n").status, 200)
         with answering(interim * 11 + OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
             self.assertEqual(wire.ask(GET).status, 502)
 
     def test_expect_is_answered_here(self) -> None:
         with answering(OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
-            answer = wire.ask(b"POST / HTTP/1.1\r\nHost: h\r\nExpect: 100-Continue\r\nContent-Length: 3\r\n\r\n")
+            answer = wire.ask(POST + b"Expect: 100-Continue\r\nContent-Length: 3\r\n\r\n")
             self.assertEqual(answer.first, b"HTTP/1.1 100 Continue")
             self.assertEqual(wire.ask(b"abc").body, b"ok")
-            self.assertIsNone(backend.requests[0].get("expect"))
-            self.assertEqual(backend.requests[0].body, b"abc")
+            self.assertEqual((backend.requests[0].get("expect"), backend.requests[0].body), (None, b"abc"))
 
     def test_errors_to_head_have_no_body(self) -> None:
         with Proxy(f"http://127.0.0.1:{unused_port()}") as proxy, proxy.wire() as wire:
@@ -2064,9 +2039,8 @@ class Relaying(unittest.TestCase):
         with Proxy(f"https://127.0.0.1:{unused_port()}") as proxy:
             response = proxy.get("/")
             self.assertEqual(response.status, 502)
-            content = json.loads(response.body)
-            self.assertEqual(content, {"data": None, "message": response.first[13:].decode()})
-            self.assertIn("can't be reached", content["message"])
+            self.assertEqual(json.loads(response.body), {"data": None, "message": response.first[13:].decode()})
+            self.assertIn(b"can't be reached", response.first)
 
     def test_verbose_logs_requests_without_queries(self) -> None:
         with answering(OK) as backend, Proxy(backend.url, "-verbose") as proxy:
@@ -2077,11 +2051,10 @@ class Relaying(unittest.TestCase):
     def test_failed_logins_are_logged_with_the_clients_address(self) -> None:
         with FakePVE() as pve, Proxy(pve.url) as proxy:
             for format_, status in [("json", 401), ("extjs", 200)]:
-                body = "username=root@pam&password=bad"
                 request = (f"POST /api2/{format_}/access/ticket HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 192.0.2.7\r\n"
-                           f"Content-Length: {len(body)}\r\n\r\n{body}")  # fmt: skip
-                self.assertEqual(proxy.ask(request.encode()).status, status)
-                self.assertEqual(proxy.ask(request.replace("bad", "good").replace("30", "31").encode()).status, 200)
+                           "Content-Length: 31\r\n\r\npassword=%s&username=root@pam")  # fmt: skip
+                self.assertEqual(proxy.ask((request % "evil").encode()).status, status)
+                self.assertEqual(proxy.ask((request % "good").encode()).status, 200)
                 proxy.wait_log(rf"AUTH FAILED: client=192\.0\.2\.7 path=/api2/{format_}/access/ticket$")
             proxy.stop()
             self.assertEqual(len(proxy.lines("AUTH FAILED")), 2)
@@ -2092,9 +2065,7 @@ class Relaying(unittest.TestCase):
                 with Proxy(pve.url, "-insecure=false", "-ca", pem_file(ca)) as proxy:
                     self.assertEqual(proxy.get("/").status, 200)
                 with Proxy(pve.url, "-insecure=false", "-ca", pem_file(other)) as proxy:
-                    response = proxy.get("/")
-                    self.assertEqual(response.status, 502)
-                    self.assertIn(b"certificate verify failed", response.first)
+                    self.assertRegex(proxy.get("/").first, b" 502 .*certificate verify failed")
 
 
 class BackendConnections(unittest.TestCase):
@@ -2107,31 +2078,27 @@ class BackendConnections(unittest.TestCase):
                     self.assertEqual(wire.ask(GET).status, 200)
             self.assertEqual(backend.connections, 1)
             for _ in range(3):
-                proxy.ask(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx")
+                proxy.ask(POST + b"Content-Length: 1\r\n\r\nx")
             self.assertEqual(backend.connections, 4)
 
     def test_a_connection_that_turns_out_closed_is_not_the_clients_problem(self) -> None:
-        release = threading.Event()
+        used_again: list[bool] = []
 
         def script(wire: Wire) -> None:
             backend.request(wire)
             wire.send(OK)
-            # Wait for the second request, so that the close can't be seen before it is sent.
-            if not release.is_set():
-                wire.more()
-                release.set()
+            if backend.connections == 1:
+                used_again.append(wire.more())  # the close must not be seen before the second request is sent
                 wire.reset()
 
         with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
             for _ in range(2):
                 self.assertEqual(wire.ask(GET).status, 200)
-            self.assertTrue(release.is_set())
-            self.assertEqual(backend.connections, 2)
+            self.assertEqual((used_again, backend.connections), ([True], 2))
 
     def test_not_used_again(self) -> None:
-        post = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
         for what, request, answer in [
-            ("carried a chunked request", post, OK),
+            ("carried a chunked request", POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n", OK),
             ("has a byte beyond its answer", GET, OK + b"H"),
             ("answered with close", GET, OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")),
             ("answered in HTTP/1.0", GET, OK.replace(b"1.1", b"1.0")),
@@ -2145,7 +2112,7 @@ class BackendConnections(unittest.TestCase):
         def script(wire: Wire) -> None:
             backend.request(wire)
             wire.send(OK[:-2])
-            wire.send(b"okHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+            wire.send(b"ok" + ok(b"evil"))
             wire.more()
 
         with ScriptedBackend(script, tls=True) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
@@ -2160,7 +2127,7 @@ class BackendConnections(unittest.TestCase):
             backend.request(wire)
             wire.send(OK)
             if backend.connections == 1:
-                wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+                wire.send(ok(b"evil"))
                 sent.set()
                 wire.more()
 
@@ -2479,15 +2446,12 @@ class Deadlines(unittest.TestCase):
     def test_too_many_connections_get_a_503(self) -> None:
         hold = threading.Event()
 
-        def script(wire: Wire) -> None:
-            backend.request(wire)
+        def answer_later(wire: Wire) -> None:
             hold.wait(LONG)
             wire.send(OK)
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(proxy.wire()) for _ in range(program.MAX_CONNECTIONS)]
-            for wire in wires:
-                wire.send(GET)
+        with saying(b"", answer_later) as backend, Proxy(backend.url) as proxy:
+            wires = bring(proxy, *[GET] * program.MAX_CONNECTIONS)
             wait_until(lambda: len(backend.requests) == len(wires), "all requests at the backend")
             response = proxy.get("/")
             self.assertEqual((response.status, response.get("retry-after")), (503, b"5"))
@@ -2609,6 +2573,9 @@ def queue_up(proxy: Proxy, *requests: bytes) -> list[Wire]:
     return wires
 
 
+CLONE_HEAD = b"POST /api2/json/nodes/pve/lxc/9000/clone%%b HTTP/1.1\r\nHost: h\r\nAuthorization: %b\r\n" % TOKEN.encode()
+
+
 class Cloning(unittest.TestCase):
     def test_twenty_at_once_are_cloned_one_at_a_time(self) -> None:
         with FakePVE(clone_seconds=0.03) as pve, Proxy(pve.url) as proxy:
@@ -2620,20 +2587,19 @@ class Cloning(unittest.TestCase):
     def test_the_answer_is_pves_own_and_comes_when_the_task_has_ended(self) -> None:
         with FakePVE(clone_seconds=0.2) as pve, Proxy(pve.url) as proxy:
             answer = proxy.clone(201)
-            task = next(iter(pve.tasks.values()))
+            (task,) = pve.tasks.values()
             self.assertIsNotNone(task.process.poll())
-            self.assertEqual(answer.first, b"HTTP/1.1 200 OK")
-            self.assertEqual(answer.body, json.dumps({"data": task.upid}).encode())
+            self.assertEqual((answer.first, answer.body), (b"HTTP/1.1 200 OK", json.dumps({"data": task.upid}).encode()))
             self.assertEqual([name for name, _ in answer.fields],
                              [b"Server", b"Cache-Control", b"Content-Type", b"Content-Length"])  # fmt: skip
 
     def test_log_lines(self) -> None:
         with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, "-poll-delay", "20ms") as proxy:
-            wire = queue_up(proxy, clone_request(201))[0]
+            (wire,) = queue_up(proxy, clone_request(201))
             proxy.wait_log("TASK POLLING")
             pve.finish()
             self.assertEqual(wire.message().status, 200)
-            upid = re.escape(next(iter(pve.tasks)))
+            upid = re.escape(pve.clones[0].upid)
             for pattern in [
                 r"CLONE QUEUED: node=pve vmid=9000 newid=201 waiting=0 client=127\.0\.0\.1 user=root@pam!ci$",
                 r"CLONE START: node=pve vmid=9000 newid=201 waited=\d+\.\ds$",
@@ -2661,7 +2627,6 @@ class Cloning(unittest.TestCase):
             proxy.wait_log(r"CLONE START: node=a\\x20b\\x0ac vmid=9000")
 
     def test_bodies_in_every_form_arrive_with_a_length(self) -> None:
-        head = b"POST /api2/json/nodes/pve/lxc/9000/clone%b HTTP/1.1\r\nHost: h\r\nAuthorization: " + TOKEN.encode()
         with FakePVE() as pve, Proxy(pve.url) as proxy:
             for query, rest in [
                 (b"", b"Transfer-Encoding: chunked\r\n\r\n5\r\nnewid\r\n4\r\n=201\r\n0\r\n\r\n"),
@@ -2670,7 +2635,7 @@ class Cloning(unittest.TestCase):
                 (b"", b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n"),
             ]:
                 with proxy.wire() as wire:
-                    response = wire.ask(head % query + b"\r\n" + rest)
+                    response = wire.ask(CLONE_HEAD % query + rest)
                     if response.status == 100:
                         response = wire.ask(b"newid=204")
                     self.assertEqual(response.status, 200)
@@ -2678,19 +2643,18 @@ class Cloning(unittest.TestCase):
             for record in pve.clones:
                 fields = {name.lower(): value for name, value in record.fields}
                 self.assertEqual(fields["content-length"], str(len(record.body)))
-                self.assertNotIn("transfer-encoding", fields)
-                self.assertNotIn("expect", fields)
+                self.assertFalse({"transfer-encoding", "expect"} & set(fields))
 
     def test_bodies_over_512_kib_are_refused(self) -> None:
         size = 512 * 1024
+        head = CLONE_HEAD % b""
         with FakePVE() as pve, Proxy(pve.url) as proxy:
-            head = b"POST /api2/json/nodes/pve/lxc/9000/clone HTTP/1.1\r\nHost: h\r\nAuthorization: " + TOKEN.encode()
-            length = b"\r\nContent-Length: %d\r\n\r\n"
-            self.assertEqual(proxy.ask(head + length % (size + 1)).status, 413)
-            chunk = b"\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % (size + 1) + b"x" * (size + 1)
-            self.assertEqual(proxy.ask(head + chunk).status, 413)
+            self.assertEqual(proxy.ask(head + b"Content-Length: %d\r\n\r\n" % (size + 1)).status, 413)
+            chunk = b"%x\r\n" % (size + 1) + b"x" * (size + 1)
+            self.assertEqual(proxy.ask(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk).status, 413)
             self.assertEqual(pve.clones, [])
-            self.assertEqual(proxy.ask(head + length % size + b"newid=201&".ljust(size, b"x")).status, 200)
+            body = b"newid=201&".ljust(size, b"x")
+            self.assertEqual(proxy.ask(head + b"Content-Length: %d\r\n\r\n" % size + body).status, 200)
 
     def test_a_full_queue_says_503_at_once_and_before_pve_is_asked(self) -> None:
         with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, "-queue-size", "2") as proxy:
@@ -2721,7 +2685,7 @@ class Cloning(unittest.TestCase):
         with FakePVE(clone_seconds=0.3) as pve, Proxy(pve.url) as proxy:
             pve.remote = True
             self.assertEqual(proxy.clone(201).status, 200)
-            self.assertIsNotNone(next(iter(pve.tasks.values())).process.poll())
+            self.assertTrue(pve.idle())
             self.assertGreater(pve.polls, 1)
 
     def test_tasks_here_wake_the_worker(self) -> None:
@@ -2759,9 +2723,9 @@ class Cloning(unittest.TestCase):
 
     def test_credentials_are_never_logged(self) -> None:
         with FakePVE() as pve, Proxy(pve.url, "-verbose") as proxy:
-            cookie = "Cookie: PVEAuthCookie=PVE:root@pam:good\r\nCSRFPreventionToken: token\r\n"
-            self.assertEqual(proxy.clone(201, token="x", extra=cookie, path="/api2/json/nodes/pve/lxc/9000/clone?a=s3cr3t")
-                             .status, 200)  # fmt: skip
+            ticket = "Cookie: PVEAuthCookie=PVE:root@pam:good\r\nCSRFPreventionToken: token\r\n"
+            path = "/api2/json/nodes/pve/lxc/9000/clone?a=s3cr3t"
+            self.assertEqual(proxy.clone(201, token="x", extra=ticket, path=path).status, 200)
             proxy.clone(202, token="PVEAPIToken=root@pam!ci=wrong-s3cr3t")
             proxy.get("/x?s3cr3t", "Authorization: s3cr3t")
             proxy.stop()
@@ -2782,12 +2746,8 @@ class Strangers(unittest.TestCase):
             self.assertEqual(len(pve.clones), 1)
 
     def test_any_other_answer_lets_in(self) -> None:
-        def script(wire: Wire) -> None:
-            while True:
-                first = backend.request(wire).first
-                wire.send(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n" if b"version" in first else OK)
-
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+        not_found = b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n"
+        with replying(lambda request: not_found if b"version" in request.target else OK) as backend, Proxy(backend.url) as proxy:
             self.assertEqual(proxy.clone(201).body, b"ok")
 
     def test_pve_out_of_reach_is_said_at_once(self) -> None:
@@ -2795,9 +2755,8 @@ class Strangers(unittest.TestCase):
             self.assertEqual(proxy.clone(201).status, 502)
             proxy.stop()
             self.assertEqual(proxy.lines("CLONE QUEUED"), [])
-        with ScriptedBackend(silent) as backend:
-            with Proxy(backend.url, "-request-timeout", "100ms") as proxy:
-                self.assertEqual(proxy.clone(201).status, 504)
+        with ScriptedBackend(silent) as backend, Proxy(backend.url, "-request-timeout", "100ms") as proxy:
+            self.assertEqual(proxy.clone(201).status, 504)
 
 
 class PveFaults(unittest.TestCase):
@@ -2828,15 +2787,13 @@ class PveFaults(unittest.TestCase):
             pve.hanging.set()
 
     def test_a_strange_upid_is_polled_as_it_is(self) -> None:
-        def script(wire: Wire) -> None:
-            target = backend.request(wire).first.split()[1]
-            data = b'"UPID:a%62?#\xc3\xa9"' if target.endswith(b"/clone") else b'{"status":"stopped","exitstatus":"OK"}'
-            wire.send(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n{"data":%b}' % (len(data) + 9, data))
+        def reply(request: Message) -> bytes:
+            is_clone = request.target.endswith(b"/clone")
+            return ok(b'{"data":"UPID:a%62?#\xc3\xa9"}' if is_clone else b'{"data":{"status":"stopped","exitstatus":"OK"}}')
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+        with replying(reply) as backend, Proxy(backend.url) as proxy:
             self.assertEqual(proxy.clone(201).status, 200)
-            target = b"/api2/json/nodes/pve/tasks/UPID%3Aa%2562%3F%23%C3%A9/status"
-            self.assertEqual(backend.requests[-1].first.split()[1], target)
+            self.assertEqual(backend.requests[-1].target, b"/api2/json/nodes/pve/tasks/UPID%3Aa%2562%3F%23%C3%A9/status")
             proxy.wait_log("CLONE COMPLETE")
 
     def test_polls_that_fail_are_repeated(self) -> None:
@@ -2858,10 +2815,8 @@ class PveFaults(unittest.TestCase):
                 with Proxy(pve.url, "-task-timeout", "400ms", "-poll-delay", "50ms") as proxy:
                     first, second = queue_up(proxy, clone_request(201), clone_request(202, source=9001))
                     answer = first.message()
-                    upid = next(iter(pve.tasks))
-                    self.assertEqual(answer.status, 504)
-                    content = json.loads(answer.body)
-                    self.assertEqual(content["data"], upid)
+                    content, (upid,) = json.loads(answer.body), pve.tasks
+                    self.assertEqual((answer.status, content["data"]), (504, upid))
                     self.assertIn(upid, content["message"])
                     self.assertEqual(len(pve.clones), 1, "the second waits")
                     pve.finish()
@@ -2881,10 +2836,8 @@ class PveFaults(unittest.TestCase):
                     self.assertEqual(proxy.clone(202).status, 200)
 
     def test_a_task_that_outlives_its_polls_holds_the_queue_by_its_process(self) -> None:
-        with (
-            FakePVE(clone_seconds=ENDLESS) as pve,
-            Proxy(pve.url, "-task-timeout", "200ms", "-poll-delay", "50ms") as proxy,
-        ):
+        flags = ("-task-timeout", "200ms", "-poll-delay", "50ms")
+        with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, *flags) as proxy:
             pve.poll_faults.extend(["401 permission denied - invalid ticket"] * 1000)
             self.assertEqual(proxy.clone(201).status, 504)
             proxy.wait_log("TASK POLL ERROR", 3)
@@ -2893,19 +2846,16 @@ class PveFaults(unittest.TestCase):
             proxy.wait_log("no longer waited for")
 
     def test_an_unexpected_failure_answers_500_and_the_worker_goes_on(self) -> None:
-        class Broken(program.Backend):
-            def exchange(self, outgoing: program.Outgoing, seconds: float, check: program.Check | None = None) -> program.Answer:
-                raise RuntimeError("unexpected")
-
-        clones = work_on_clones(Broken(SETTINGS))
+        backend = unittest.mock.Mock(program.Backend)
+        backend.exchange.side_effect = RuntimeError("unexpected")
+        clones = work_on_clones(backend)
         with self.assertLogs(program.log, "ERROR"):
-            for index in range(2):
+            for newid in (201, 202):
                 client = self.enterContext(PretendedClient())
-                job = clones.admit(job_of(client, newid=200 + index))
+                job = clones.admit(job_of(client, newid=newid))
                 self.assertTrue(client.event.wait(LONG))
                 answer = clones.collect(job, client)
-                assert answer
-                self.assertEqual(answer.status, 500)
+                self.assertEqual(answer and answer.status, 500)
 
     def test_the_process_ends_when_a_vital_thread_dies(self) -> None:
         code = (f"import sys; sys.path.insert(0, {HERE!r}); import pve_clone_queue_proxy as p, signal\n"
@@ -2973,18 +2923,17 @@ class Clock:
 
 class Leaving(unittest.TestCase):
     def test_a_clone_whose_client_left_is_not_started(self) -> None:
-        for how in ("close", "reset", "half-close", "with a pipelined request"):
-            with self.subTest(how), FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url) as proxy:
+        def half_close(wire: Wire) -> None:
+            wire.sock.shutdown(socket.SHUT_WR)
+
+        def send_another_request_and_close(wire: Wire) -> None:
+            wire.send(GET)
+            wire.close()
+
+        for leave in (Wire.close, Wire.reset, half_close, send_another_request_and_close):
+            with self.subTest(leave.__name__), FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url) as proxy:
                 first, leaver, last = queue_up(proxy, *(clone_request(newid) for newid in (201, 202, 203)))
-                if how == "close":
-                    leaver.close()
-                elif how == "reset":
-                    leaver.reset()
-                elif how == "half-close":
-                    leaver.sock.shutdown(socket.SHUT_WR)
-                else:
-                    leaver.send(GET)
-                    leaver.close()
+                leave(leaver)
                 proxy.wait_log(r"CLONE ABANDONED: .*node=pve vmid=9000")
                 pve.finish()
                 self.assertEqual((first.message().status, last.message().status), (200, 200))
@@ -3080,13 +3029,12 @@ class Leaving(unittest.TestCase):
     def test_claiming_and_leaving_never_both_win(self) -> None:
         sent: list[str] = []
 
-        class Refusing(program.Backend):
-            def exchange(self, outgoing: program.Outgoing, seconds: float, check: program.Check | None = None) -> program.Answer:
-                sent.append(outgoing.target)
-                return refusal("no")
+        def refuse(outgoing: program.Outgoing, seconds: float) -> program.Answer:
+            sent.append(outgoing.target)
+            return refusal("no")
 
         self.enterContext(unittest.mock.patch.object(program.log, "disabled", True))
-        clones = work_on_clones(Refusing(SETTINGS))
+        clones = work_on_clones(unittest.mock.Mock(program.Backend, exchange=refuse))
         dropped = ran = 0
         for newid in map(str, range(2000)):
             with PretendedClient() as client:
