@@ -163,14 +163,13 @@ KILLED = "unexpected status"  # of a task whose worker was killed with -9
 INTERRUPTED = "clone failed: interrupted by signal"  # of one that was stopped by hand
 
 
+@dataclasses.dataclass(eq=False)
 class Refused(Exception):
     """A call that PVE refuses: the status, its text, and what is wrong with which parameter."""
 
-    def __init__(self, status: int, text: str, errors: dict[str, str] | None = None) -> None:
-        super().__init__(status, text)
-        self.status = status
-        self.text = text
-        self.errors = errors
+    status: int
+    text: str
+    errors: dict[str, str] | None = None
 
 
 def wrong_parameter(name: str, what: str) -> Refused:
@@ -288,12 +287,10 @@ class FakePVE(Closing):
         self.clone_seconds = clone_seconds
         self.auth_delay = auth_delay
         self.head_delay = 0.1
-        self.post_seconds = 0.0
         self.daemon_delay = 0.1
+        self.post_seconds = 0.0
         self.list_age = 10.0
-        self.remote = False
-        self.away = False
-        self.daemon_away = False
+        self.remote = self.away = self.daemon_away = False
         self.lock = threading.Lock()
         self.locks: dict[str, str] = {}
         self.guests = {"8000", "8001", "9000", "9001", "9002"}
@@ -306,12 +303,10 @@ class FakePVE(Closing):
         self.on_clone: Callable[[CloneRecord], None] = lambda record: None
         self.clones: list[CloneRecord] = []
         self.tasks: dict[str, Task] = {}
-        self.polls = 0
-        self.requests = 0
+        self.requests = self.polls = 0
         self.overlaps = 0  # times a clone's task began while another one of the same source ran
         self.most_at_once = 0
         self.hanging = threading.Event()  # set: whatever hangs goes on
-        self.log: list[str] = []
         self.connections: set[FakePVEHandler] = set()
         self.context = server_context(tls) if tls else None
         self._listed: list[Task] = []
@@ -342,7 +337,6 @@ class FakePVE(Closing):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def come_back(self) -> None:
-        """Listen on the same port again."""
         self.away = False
         self._listen(self.port)
 
@@ -352,9 +346,9 @@ class FakePVE(Closing):
         self.server.shutdown()
         self.server.server_close()
         with self.lock:
-            for task in self.tasks.values():
-                task.process.kill()
-        for task in list(self.tasks.values()):
+            tasks = list(self.tasks.values())
+        for task in tasks:
+            task.process.kill()
             task.process.wait()
 
     # Guests
@@ -412,15 +406,11 @@ class FakePVE(Closing):
 
     def running(self) -> list[Task]:
         """The tasks that run; what has ended gives up its lock."""
-        running = []
-        for task in self.tasks.values():
-            if task.end:
-                continue
-            if task.process.poll() is None:
-                running.append(task)
-            else:
+        unended = [task for task in self.tasks.values() if not task.end]
+        for task in unended:
+            if task.process.poll() is not None:
                 self._end_task(task)
-        return running
+        return [task for task in unended if not task.end]
 
     def _end_task(self, task: Task) -> None:
         """Note a task's end, and do what its worker did last. One that was killed with -9 did nothing: its source keeps
@@ -475,9 +465,8 @@ class FakePVE(Closing):
             raise wrong_parameter("upid", "no such task" if parsable else "unable to parse worker upid")
         if user not in self.privileged and not task.belongs_to(user):
             raise Refused(403, "Permission check failed (/nodes/pve, Sys.Audit)")
-        if task.end:
-            return {**task.describe(), "status": "stopped", "exitstatus": task.exit_status}
-        return {**task.describe(), "status": "running"}
+        state = {"status": "stopped", "exitstatus": task.exit_status} if task.end else {"status": "running"}
+        return {**task.describe(), **state}
 
     def interrupt(self, upid: str, exit_status: str) -> None:
         """End a task that runs: its worker is `KILLED`, or `INTERRUPTED` and cleans up."""
@@ -573,7 +562,6 @@ class QuietServer(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections of tests break all the time."""
         if not isinstance(sys.exc_info()[1], OSError | ValueError):
             super().handle_error(request, client_address)
 
@@ -627,7 +615,6 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
     # Reading a head
 
     def handle_one_request(self) -> None:
-        """The next request and its answer."""
         self.close_connection = self.idle = True
         with contextlib.suppress(EOFError, TimeoutError):
             try:
@@ -637,7 +624,6 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
                 self.refuse(refused)
 
     def read_line(self) -> str:
-        """A line without its end."""
         line = self.rfile.readline(1 << 16)
         if not line.endswith(b"\n"):
             raise EOFError
@@ -714,7 +700,6 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write("\r\n".join([*head, "", ""]).encode("latin-1") + (body or b""))
 
     def send_content(self, content: dict[str, object], status: int = 200, reason: str = "OK") -> None:
-        """An answer of the API."""
         self.send(status, reason, json.dumps(content).encode(), ("Content-Type", self.FORMATS[self.format]))
 
     def send_data(self, data: object) -> None:
@@ -771,7 +756,6 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
         return ticket[1]
 
     def answer(self) -> None:
-        """Any request."""
         with self.pve.lock:
             self.pve.requests += 1
         target = urllib.parse.urlsplit(self.path)
@@ -1232,10 +1216,9 @@ class Proxy(Closing):
             return [match for line in self.log if (match := re.search(pattern, line))]
 
         with self._logged:
-            if not self._logged.wait_for(lambda: len(found()) >= count or "(end of log)" in self.log, seconds):
-                raise AssertionError(f"no log line {pattern!r} (x{count}) in:\n" + "\n".join(self.log))
+            self._logged.wait_for(lambda: len(found()) >= count or "(end of log)" in self.log, seconds)
             if len(found()) < count:
-                raise AssertionError(f"the log ended without {pattern!r}:\n" + "\n".join(self.log))
+                raise AssertionError(f"no log line {pattern!r} (x{count}) in:\n" + "\n".join(self.log))
             return found()[count - 1]
 
     def lines(self, pattern: str) -> list[str]:
@@ -1275,7 +1258,6 @@ class Proxy(Closing):
             return wire.ask(data, no_body)
 
     def get(self, path: str, *fields: str) -> Message:
-        """The answer to a GET."""
         lines = [f"GET {path} HTTP/1.1", "Host: pve", *fields, "Connection: close", "", ""]
         return self.ask("\r\n".join(lines).encode())
 
@@ -1431,7 +1413,6 @@ class SimulatedPVE(unittest.TestCase):
             return wire.ask(f"{method} {target} HTTP/1.1\r\nAuthorization: {token}\r\n{extra}{length}\r\n{body}".encode())
 
     def data(self, target: str, token: str = TOKEN) -> Any:
-        """The data of a GET of the API."""
         return json.loads(self.ask("/api2/json" + target, token=token).body)["data"]
 
     def clone(self, newid: object, source: object = 9000, kind: str = "lxc", token: str = TOKEN) -> Message:
@@ -1628,21 +1609,6 @@ class SimulatedPVE(unittest.TestCase):
 # Tests of single functions
 
 
-class Durations(unittest.TestCase):
-    def test_go_syntax(self) -> None:
-        for text, seconds in [
-            ("300ms", 0.3), ("1.5h", 5400), ("1m30s", 90), (".5s", 0.5), ("0", 0), ("5m", 300), ("1h30m", 5400),
-            ("2.s", 2), ("100us", 1e-4), ("7µs", 7e-6), ("1000000ns", 1e-3), ("+3s", 3),
-        ]:  # fmt: skip
-            with self.subTest(text):
-                self.assertAlmostEqual(program.parse_duration(text), seconds)
-
-    def test_refuses_what_go_refuses(self) -> None:
-        for text in ["", "5", "s", "1 s", "-1s", "1x", "1s ", ".s", "1e3s", "٣s", "1_0s", "0x1s", "9" * 40 + "h", "+"]:
-            with self.subTest(text), self.assertRaises(program.WrongValue):
-                program.parse_duration(text)
-
-
 class Flags(unittest.TestCase):
     def test_defaults(self) -> None:
         settings = program.parse_flags([])
@@ -1661,6 +1627,19 @@ class Flags(unittest.TestCase):
         self.assertTrue(program.parse_flags(["-insecure=false", "-insecure"]).insecure)
         self.assertFalse(program.parse_flags(["-insecure", "false"]).insecure)
 
+    def test_durations_in_gos_syntax(self) -> None:
+        for text, seconds in [
+            ("300ms", 0.3), ("1.5h", 5400), ("1m30s", 90), (".5s", 0.5), ("0", 0), ("5m", 300), ("1h30m", 5400),
+            ("2.s", 2), ("100us", 1e-4), ("7µs", 7e-6), ("1000000ns", 1e-3), ("+3s", 3),
+        ]:  # fmt: skip
+            with self.subTest(text):
+                self.assertAlmostEqual(program.parse_duration(text), seconds)
+
+    def test_durations_that_go_refuses(self) -> None:
+        for text in ["", "5", "s", "1 s", "-1s", "1x", "1s ", ".s", "1e3s", "٣s", "1_0s", "0x1s", "9" * 40 + "h", "+"]:
+            with self.subTest(text), self.assertRaises(program.WrongValue):
+                program.parse_duration(text)
+
     def test_errors_name_flag_and_value(self) -> None:
         for line, word in [
             ("-poll-delay 5", "'5'"), ("-poll-delay", "expected one argument"), ("-nonsense", ""), ("-insecure=maybe", "'maybe'"),
@@ -1675,13 +1654,11 @@ class Flags(unittest.TestCase):
             self.assertIn(word, str(caught.exception))
 
 
-def request_of(first_line: str) -> program.Request:
-    """A parsed request."""
-    return program.Request(f"{first_line}\r\nHost: pve\r\n")
-
-
 class CloneRecognition(unittest.TestCase):
     """A path is a clone when PVE reads it as one."""
+
+    def call_of(self, line: str, vms: bool = False) -> program.CloneCall | None:
+        return program.clone_call(program.Request(f"{line} HTTP/1.1\r\nHost: pve\r\n"), vms)
 
     def test_spellings_that_pve_accepts(self) -> None:
         path = "/api2/json/nodes/pve/lxc/9000/clone"
@@ -1692,7 +1669,7 @@ class CloneRecognition(unittest.TestCase):
             "/api2/json/nodes/localhost/lxc/00000000000000000000001/clone",
         ]:  # fmt: skip
             with self.subTest(target):
-                self.assertIsNotNone(program.clone_call(request_of(f"POST {target} HTTP/1.1"), False))
+                self.assertIsNotNone(self.call_of(f"POST {target}"))
 
     def test_everything_else_is_relayed(self) -> None:
         for line in [
@@ -1704,11 +1681,10 @@ class CloneRecognition(unittest.TestCase):
             "POST /?/api2/json/nodes/pve/lxc/9000/clone",
         ]:  # fmt: skip
             with self.subTest(line):
-                self.assertIsNone(program.clone_call(request_of(f"{line} HTTP/1.1"), False))
+                self.assertIsNone(self.call_of(line))
 
     def test_vms_when_asked_for(self) -> None:
-        request = request_of("POST /api2/json/nodes/n/qemu/9/clone HTTP/1.1")
-        self.assertEqual(program.clone_call(request, True), ("qemu", "n", "9", "", ""))
+        self.assertEqual(self.call_of("POST /api2/json/nodes/n/qemu/9/clone", vms=True), ("qemu", "n", "9", "", ""))
 
     def test_newid_in_all_three_places(self) -> None:
         for query, body, newid in [
@@ -1725,9 +1701,10 @@ class LockTexts(unittest.TestCase):
 
     def check(self, errors: dict[str, str], kind: str, known: bool, *texts: str) -> None:
         """These texts are among those errors, or are not."""
+        call = program.CloneCall(kind, "pve", "9000", "105", "")
         for text in texts:
             with self.subTest(kind=kind, text=text):
-                self.assertEqual(program.is_one_of(errors, program.CloneCall(kind, "pve", "9000", "105", ""), text), known)
+                self.assertEqual(program.is_one_of(errors, call, text), known)
 
     def test_refusals(self) -> None:
         self.check(
@@ -1765,20 +1742,15 @@ class Upids(unittest.TestCase):
             return program.upid_of(program.Answer(status, "OK", [], json.dumps({"data": data}).encode()))
 
         typical = "UPID:pve:000010C3:0004305D:6B051704:vzclone:9000:root@pam!ci:"
-        for good in [typical, "UPID:" + "x" * 495, "UPID:a%62", "UPID:a?b", "UPID:a#b", "UPID:é", "UPID:"]:
-            with self.subTest(good):
-                self.assertEqual(upid_in(good), good)
+        good: list[object] = [typical, "UPID:" + "x" * 495, "UPID:a%62", "UPID:a?b", "UPID:a#b", "UPID:é", "UPID:"]
+        bad: list[object] = ["UPID:" + "x" * 496, "UPID:a b", "UPID:a/b", "UPID:a\n", "UPID:a\x1bb", "UPID:a\xa0b", "UPID:a\x7f",
+                             "upid:x", "xUPID:x", None, 5, ["UPID:x"], {}]  # fmt: skip
+        for data in good + bad:
+            with self.subTest(data):
+                self.assertEqual(upid_in(data), data if data in good else None)
         self.assertIsNone(upid_in(typical, 500))
-        table: list[object] = [
-            "UPID:" + "x" * 496, "UPID:a b", "UPID:a/b", "UPID:a\n", "UPID:a\x1bb", "UPID:a\xa0b", "UPID:a\x7f",
-            "upid:x", "xUPID:x", None, 5, ["UPID:x"], {}]  # fmt: skip
-        for bad in table:
-            with self.subTest(bad):
-                self.assertIsNone(upid_in(bad))
 
-
-class LocalProcesses(unittest.TestCase):
-    def test_finds_the_very_process_and_sees_its_end(self) -> None:
+    def test_the_very_process_is_found_and_its_end_seen(self) -> None:
         child = subprocess.Popen(["sleep", "60"])
         with open(f"/proc/{child.pid}/stat") as file:
             start = int(file.read().rpartition(")")[2].split()[19])
@@ -1802,7 +1774,7 @@ class LocalProcesses(unittest.TestCase):
         with program.TaskProcess(upid) as process:
             return process.is_here
 
-    def test_nonsense(self) -> None:
+    def test_nonsense_has_no_process(self) -> None:
         for upid in ["UPID:x", "UPID:pve:00000000:00000000:", "UPID:pve:FFFFFFFF:00000001:"]:
             self.assertFalse(self.is_here(upid))
 
@@ -1976,12 +1948,6 @@ class Relaying(unittest.TestCase):
             wire.send(b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n")
             self.assertEqual(wire.rest().split(b"\r\n\r\n")[1:], [b""])
 
-    def test_verbose_logs_requests_without_queries(self) -> None:
-        with answering(OK) as backend, Proxy(backend.url, "-verbose") as proxy:
-            proxy.get("/path?secret=1", "Authorization: hidden")
-            proxy.wait_log(r"RELAYED: GET /path status=200 bytes=\d+ time=")
-            self.assertEqual(proxy.lines("secret|hidden"), [])
-
     def test_failed_logins_are_logged_with_the_clients_address(self) -> None:
         with FakePVE() as pve, Proxy(pve.url) as proxy:
             for format_, status in [("json", 401), ("extjs", 200)]:
@@ -2018,14 +1984,12 @@ class BackendConnections(unittest.TestCase):
     def test_a_connection_that_turns_out_closed_is_not_the_clients_problem(self) -> None:
         used_again: list[bool] = []
 
-        def script(wire: Wire) -> None:
-            backend.request(wire)
-            wire.send(OK)
+        def close_at_the_second_request(wire: Wire) -> None:
             if backend.connections == 1:
-                used_again.append(wire.more())  # the close must not be seen before the second request is sent
+                used_again.append(wire.more())  # the close must not be seen before that is sent
                 wire.reset()
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+        with saying(OK, close_at_the_second_request) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
             for _ in range(2):
                 self.assertEqual(wire.ask(GET).status, 200)
             self.assertEqual((used_again, backend.connections), ([True], 2))
@@ -2043,13 +2007,11 @@ class BackendConnections(unittest.TestCase):
                 self.assertEqual(backend.connections, 2)
 
     def test_bytes_behind_an_answer_that_only_tls_knows_of(self) -> None:
-        def script(wire: Wire) -> None:
-            backend.request(wire)
-            wire.send(OK[:-2])
+        def say_more(wire: Wire) -> None:
             wire.send(b"ok" + ok(b"evil"))
             wire.more()
 
-        with ScriptedBackend(script, tls=True) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+        with saying(OK[:-2], say_more, tls=True) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
             for _ in range(3):
                 self.assertEqual(wire.ask(GET).body, b"ok")
             self.assertEqual(backend.connections, 3)
@@ -2057,15 +2019,13 @@ class BackendConnections(unittest.TestCase):
     def test_bytes_that_follow_later_spoil_no_other_answer(self) -> None:
         sent = threading.Event()
 
-        def script(wire: Wire) -> None:
-            backend.request(wire)
-            wire.send(OK)
+        def say_more(wire: Wire) -> None:
             if backend.connections == 1:
                 wire.send(ok(b"evil"))
                 sent.set()
                 wire.more()
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+        with saying(OK, say_more) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
             wire.ask(GET)
             self.assertTrue(sent.wait(LONG))
             self.assertEqual(wire.ask(GET).body, b"ok")
@@ -2075,36 +2035,28 @@ class BackendConnections(unittest.TestCase):
 BAD_REQUESTS: list[tuple[int, bytes, list[bytes]]] = [
     (400, b"%b\r\nHost: h\r\n\r\n", [
         b"GET /", b"GET / http/1.1", b"GET / HTTP/1.10", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET\t/ HTTP/1.1",
-        b" GET / HTTP/1.1", b"G@T / HTTP/1.1",
-    ]),
+        b" GET / HTTP/1.1", b"G@T / HTTP/1.1"]),
     (400, b"GET %b HTTP/1.1\r\nHost: h\r\n\r\n", [
         b"/a b", b"/\xe9", b"/\x01", b"/a#b", b"a", b"*", b"//api2/json/nodes/pve/lxc/1/clone", b"http://h//x", b"http://u:p@h/",
-        b"http:///x", b"ftp://h/",
-    ]),
+        b"http:///x", b"ftp://h/"]),
     (400, b"GET / HTTP/1.1\r\n%b\r\n\r\n", [b"X: no Host", b"Host: h\r\nHost: h", b"Host: h/x", b"Host: u@h"]),
     (400, b"GET / HTTP/1.1\r\nHost: h\r\n%b\r\n\r\n", [
         b"X: a\r\n b", b"X : a", b"nonsense", b": x", b"X(y): x", b"X\xe9: x", b"X: a\0b", b"X: a\rb", b"X: a\x1bb", b"X: a\x7fb",
-        b"X_Forwarded-For: 192.0.2.1",
-    ]),
-    (400, b"%b", [
-        b"GET / HTTP/1.1\nHost: h\r\n\r\n", b"GET / HTTP/1.1\nHost: h\n\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"POST / HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    ]),
+        b"X_Forwarded-For: 192.0.2.1"]),
+    (400, b"GET / HTTP/1.1\nHost: h%b", [b"\r\n\r\n", b"\n\n"]),
+    (400, b"%b", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]),  # TLS
     (400, POST + b"Content-Length: %b\r\n\r\nabc", [
         b"+3", b"1_0", b"-1", b"", b"0x3", b"1000000000000000000", b"3, 4", b"3\r\nContent-Length: 4",
-        b"3\r\nTransfer-Encoding: chunked", b"3\r\nContent_Length: 0", b"3\r\nTransfer_Encoding: chunked",
-    ]),
+        b"3\r\nTransfer-Encoding: chunked", b"3\r\nContent_Length: 0", b"3\r\nTransfer_Encoding: chunked"]),
     (400, POST + b"Transfer-Encoding: %b\r\n\r\n", [b"chunked\r\nTransfer-Encoding: chunked", b"\x0bchunked"]),
     (501, POST + b"Transfer-Encoding: %b\r\n\r\n", [b"gzip, chunked", b"chunked, chunked", b"xchunked"]),
-    (501, b"%b", [b"CONNECT h:443 HTTP/1.1\r\nHost: h:443\r\n\r\n"]),
+    (400, b"POST / HTTP/1.0\r\nHost: h\r\n%b\r\n\r\n0\r\n\r\n", [b"Transfer-Encoding: chunked"]),
+    (501, b"CONNECT %b HTTP/1.1\r\nHost: h:443\r\n\r\n", [b"h:443"]),
     (417, POST + b"Expect: %b\r\nContent-Length: 1\r\n\r\n", [b"magic"]),
-    (505, b"%b", [
-        b"GET / HTTP/2.0\r\nHost: h\r\n\r\n", b"GET / HTTP/0.9\r\nHost: h\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    ]),
+    (505, b"%b\r\n\r\n", [b"GET / HTTP/2.0\r\nHost: h", b"GET / HTTP/0.9\r\nHost: h", b"PRI * HTTP/2.0\r\n\r\nSM"]),
     (414, b"GET /%b", [b"a" * 17000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", b"a" * 20000]),
     (431, b"GET / HTTP/1.1\r\nHost: h\r\n%b", [
-        b"X: 1\r\n" * 100 + b"\r\n", b"X: " + b"a" * 66000 + b"\r\n\r\n", b"X: " + b"a" * 80000,
-    ]),
+        b"X: 1\r\n" * 100 + b"\r\n", b"X: " + b"a" * 66000 + b"\r\n\r\n", b"X: " + b"a" * 80000]),
 ]  # fmt: skip
 
 BAD_CHUNKS = [
@@ -2182,12 +2134,9 @@ class Strictness(unittest.TestCase):
         """Mutated requests: no traceback, no leak, and a victim always gets its own answer."""
         rng = random.Random(20261124)
         good = [
-            b"GET /a HTTP/1.1\r\nHost: h\r\nCookie: a=b\r\n\r\n",
-            b"POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n12345",
-            b"PUT /c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n\r\n",
-            b"GET /d HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
-            clone_request(101),
-        ]
+            b"GET /a HTTP/1.1\r\nHost: h\r\nCookie: a=b\r\n\r\n", POST + b"Content-Length: 5\r\n\r\n12345", UPGRADE,
+            POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\n12345\r\n0\r\n\r\n", clone_request(101),
+        ]  # fmt: skip
         tokens = [b"\r\n", b"\n", b"\r", b"\0", b" ", b":", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n",
                   b"0\r\n\r\n", b"HTTP/1.1", b"GET ", b"//", b"%", b"\xff", b"Expect: 100-continue\r\n", b"9" * 30]  # fmt: skip
         with echoing() as backend, Proxy(backend.url, "-request-timeout", "2s") as proxy:
@@ -2230,17 +2179,16 @@ class Streaming(unittest.TestCase):
     def test_the_backend_sees_the_body_while_the_client_sends(self) -> None:
         seen: list[bytes] = []
 
-        def script(wire: Wire) -> None:
-            wire.head()
+        def read(wire: Wire) -> None:
             for _ in range(3):
                 seen.append(wire.exactly(4))
             wire.send(OK)
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
-            wire.send(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 12\r\n\r\n")
-            for count in range(3):
-                wire.send(b"%04d" % count)
-                wait_until(functools.partial(lambda count: len(seen) == count + 1, count), "the part at the backend")
+        with saying(b"", read) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            wire.send(POST + b"Content-Length: 12\r\n\r\n")
+            for part in (b"0000", b"0001", b"0002"):
+                wire.send(part)
+                wait_until(functools.partial(seen.count, part), "the part at the backend")
             self.assertEqual(wire.message().status, 200)
             self.assertEqual(b"".join(seen), b"000000010002")
 
@@ -2643,13 +2591,14 @@ class Cloning(unittest.TestCase):
             self.assertEqual((pve.overlaps, len(pve.clones)), (0, 2))
             proxy.wait_log("CLONE COMPLETE", 2)
 
-    def test_credentials_are_never_logged(self) -> None:
+    def test_verbose_logs_requests_but_neither_queries_nor_credentials(self) -> None:
         with FakePVE() as pve, Proxy(pve.url, "-verbose") as proxy:
             ticket = "Cookie: PVEAuthCookie=PVE:root@pam:good\r\nCSRFPreventionToken: token\r\n"
             path = "/api2/json/nodes/pve/lxc/9000/clone?a=s3cr3t"
             self.assertEqual(proxy.clone(201, token="x", extra=ticket, path=path).status, 200)
             proxy.clone(202, token="PVEAPIToken=root@pam!ci=wrong-s3cr3t")
             proxy.get("/x?s3cr3t", "Authorization: s3cr3t")
+            proxy.wait_log(r"RELAYED: GET /x status=200 bytes=\d+ time=")
             proxy.stop()
             self.assertEqual(proxy.lines("s3cr3t|secret|good|CSRF"), [])
 
@@ -2748,14 +2697,14 @@ class PveFaults(unittest.TestCase):
 
     def test_a_task_that_nobody_can_tell_of_is_given_up(self) -> None:
         for remote in (False, True):
-            with self.subTest(remote=remote), FakePVE(clone_seconds=0.1) as pve:
+            flags = ("-task-timeout", "300ms", "-poll-delay", "50ms")
+            with self.subTest(remote=remote), FakePVE(clone_seconds=0.1) as pve, Proxy(pve.url, *flags) as proxy:
                 pve.remote = remote
-                with Proxy(pve.url, "-task-timeout", "300ms", "-poll-delay", "50ms") as proxy:
-                    pve.poll_faults.extend(["400 no such task"] * 1000)
-                    self.assertEqual(proxy.clone(201).status, 504)
-                    proxy.wait_log("CLONE ERROR: .* no longer waited for")
-                    pve.poll_faults.clear()
-                    self.assertEqual(proxy.clone(202).status, 200)
+                pve.poll_faults.extend(["400 no such task"] * 1000)
+                self.assertEqual(proxy.clone(201).status, 504)
+                proxy.wait_log("CLONE ERROR: .* no longer waited for")
+                pve.poll_faults.clear()
+                self.assertEqual(proxy.clone(202).status, 200)
 
     def test_a_task_that_outlives_its_polls_holds_the_queue_by_its_process(self) -> None:
         flags = ("-task-timeout", "200ms", "-poll-delay", "50ms")
