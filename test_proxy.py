@@ -707,10 +707,8 @@ class FakePVEHandler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, refused: Refused) -> None:
         """An error: its text is in the reason phrase, but the web GUI gets a 200 that tells of it."""
-        content: dict[str, object] = {"data": None}
-        if refused.errors:
-            content["errors"] = refused.errors
-        content["message"] = refused.text + "\n"
+        errors = {"errors": refused.errors} if refused.errors else {}
+        content: dict[str, object] = {"data": None, **errors, "message": refused.text + "\n"}
         if self.format in ("extjs", "htmljs"):
             self.send_content({**content, "success": 0, "status": refused.status})
         else:
