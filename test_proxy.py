@@ -2477,13 +2477,14 @@ class Cloning(unittest.TestCase):
             self.assertEqual(len(proxy.lines("CLONE COMPLETE")), 2)
             proxy.wait_log(r"TASK FINISHED: status=stopped exitstatus=clone failed: disk full node=pve vmid=9000")
 
-    def test_every_spelling_is_queued_and_sent_as_it_came(self) -> None:
+    def test_every_spelling_is_queued_and_sent_as_it_came_and_so_are_vms_when_asked_for(self) -> None:
         paths = ["/api2/json//nodes/pve/lxc/9000/clone/", "/api2/json/nodes/pve/lxc/9000/%63lone?full=1",
-                 "/api2/json/nodes/pve%2Flxc/9000/clone", "/api2/json/nodes/a%20b%0ac/lxc/9000/clone"]  # fmt: skip
-        with FakePVE() as pve, Proxy(pve.url) as proxy:
+                 "/api2/json/nodes/pve%2Flxc/9000/clone", "/api2/json/nodes/a%20b%0ac/lxc/9000/clone",
+                 *["/api2/json/nodes/pve/qemu/8001/clone"] * 4]  # fmt: skip
+        with FakePVE() as pve, Proxy(pve.url, "-qemu") as proxy:
             answers = at_once(len(paths), lambda index: proxy.clone(201 + index, path=paths[index]))
             self.assertEqual([answer.status for answer in answers], [200] * len(paths))
-            self.assertEqual((sorted(record.target for record in pve.clones), pve.overlaps), (sorted(paths), 0))
+            self.assertEqual((sorted(record.target for record in pve.clones), pve.most_at_once), (sorted(paths), 1))
             proxy.wait_log(r"CLONE START: node=a\\x20b\\x0ac vmid=9000")
 
     def test_bodies_in_every_form_arrive_with_a_length(self) -> None:
@@ -2563,12 +2564,6 @@ class Cloning(unittest.TestCase):
             self.assertEqual(proxy.clone(201).status, 200)
             self.assertGreater(pve.polls, 0)
             self.assertLessEqual(set(states), {"Z", "X"}, "it is asked for only when it has ended")
-
-    def test_vms_are_queued_when_asked_for(self) -> None:
-        with FakePVE() as pve, Proxy(pve.url, "-qemu") as proxy:
-            path = "/api2/json/nodes/pve/qemu/8001/clone"
-            answers = at_once(4, lambda index: proxy.clone(201 + index, path=path))
-            self.assertEqual(([answer.status for answer in answers], pve.overlaps), ([200] * 4, 0))
 
     def test_answered_when_started(self) -> None:
         with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, "-answer", "started") as proxy:
