@@ -985,7 +985,7 @@ LONGEST_RETRY = 0.5
 STUCK_TRIES = 3
 STUCK_PAUSE = 1.0
 RETURN_SECONDS = 1.0  # for which the client of a refused clone is expected back with another VMID
-SHORTEST_POLL = 0.02  # between two polls of a task whose process can't be watched
+SHORTEST_POLL = 0.01  # between two polls of a task whose process can't be watched
 LONGEST_LINE_DISTANCE = 60.0
 
 PVE = "PVE"  # the scope of a hold: all clones
@@ -1039,11 +1039,11 @@ class TaskProcess(contextlib.ExitStack):
     """A task's worker process, if it runs on this host: the sleep between two polls ends the moment it ends. PVE calls a
     task running exactly while /proc/PID exists with the start time that its UPID names."""
 
-    def __init__(self, upid: str) -> None:
+    def __init__(self, upid: str, expected_end: float) -> None:
         super().__init__()
         self.is_here = False
         self.ended_at = 0.0  # 0 until it has, or if it is not here
-        self._begin = time.monotonic()
+        self._expected_end = expected_end
         self._poll = select.poll()
         match = _UPID_PARTS.match(upid)
         pid, start = (int(part, 16) for part in match.groups("0")[1:]) if match else (0, 0)
@@ -1057,14 +1057,16 @@ class TaskProcess(contextlib.ExitStack):
                 self.is_here = True
 
     def sleep(self, longest: float) -> None:
-        """Sleep until the next poll. Of a process elsewhere a tenth of the time so far keeps both the lag and the number
-        of polls small; one that has ended here counts as running until it is reaped."""
+        """Sleep until the next poll. Of a process elsewhere half of the time up to its expected end, and a tenth of the time
+        since then, keep both the lag and the number of polls small; one that has ended here counts as running until it is
+        reaped."""
         now = time.monotonic()
         pause = longest
         if self.ended_at:
             pause = max(0.001, now - self.ended_at)
         elif not self.is_here:
-            pause = max(SHORTEST_POLL, (now - self._begin) / 10)
+            left = self._expected_end - now
+            pause = max(SHORTEST_POLL, left / 2, -left / 10)
         for pidfd, _ in self._poll.poll(max(0.0, min(pause, longest, 3600.0)) * 1000):
             self.ended_at = time.monotonic()
             self._poll.unregister(pidfd)  # from now on this only sleeps
@@ -1467,6 +1469,12 @@ class CloneQueue(queue.Queue[CloneJob]):
                     other.taken_by = job
             self._refuse_taken()
 
+    def usual_time(self, job: CloneJob) -> float:
+        """How long the last clone of that source ran; 0 if there was none."""
+        with self.mutex:
+            alike = (other for other in reversed(self.ended) if (other.source, other.outcome) == (job.source, "completed"))
+            return next((other.times()[1] for other in alike), 0.0)
+
     def answer_running(self, answer: Answer | None = None) -> bool:
         """Answer the running job's client before its end: with this, or with what is known of the clone, with which PVE
         goes on even if this program doesn't. False if nobody runs, or has been answered."""
@@ -1727,7 +1735,7 @@ class CloneWorker:
         begin = last_success = next_line = time.monotonic()
         deadline = begin + timeout  # for the client's 504; without end when it has it
         last_error = ""
-        with TaskProcess(job.upid) as process:
+        with TaskProcess(job.upid, job.started_at + self._clones.usual_time(job)) as process:
             while True:
                 process.sleep(min(delay, deadline - time.monotonic()))
                 # Until then a silent backend must not hold up the client's answer for long.

@@ -1752,7 +1752,7 @@ class Upids(unittest.TestCase):
             start = int(file.read().rpartition(")")[2].split()[19])
         upid = f"UPID:pve:{child.pid:08X}:{{:08X}}:6B051704:vzclone:9000:root@pam:"
         self.assertFalse(self.is_here(upid.format(start + 1)))
-        with program.TaskProcess(upid.format(start)) as process:
+        with program.TaskProcess(upid.format(start), 0.0) as process:
             process.sleep(0.01)
             self.assertEqual((process.is_here, process.ended_at), (True, 0.0))
             child.kill()
@@ -1767,7 +1767,7 @@ class Upids(unittest.TestCase):
 
     def is_here(self, upid: str) -> bool:
         """Whether a task's process is seen on this host."""
-        with program.TaskProcess(upid) as process:
+        with program.TaskProcess(upid, 0.0) as process:
             return process.is_here
 
     def test_nonsense_has_no_process(self) -> None:
@@ -2549,6 +2549,22 @@ class Cloning(unittest.TestCase):
             self.assertTrue(pve.idle())
             self.assertGreater(pve.polls, 1)
 
+    def test_tasks_elsewhere_are_hardly_polled_before_the_last_one_of_their_source_had_ended(self) -> None:
+        polls: list[float] = []
+
+        def note_time(kind: str) -> str:
+            polls.extend([time.monotonic()] if kind == "poll" else [])
+            return ""
+
+        with FakePVE(clone_seconds=0.8) as pve, Proxy(pve.url) as proxy:
+            pve.remote, pve.random_fault = True, note_time
+            for newid, source, usual in ((201, 9000, 0.0), (202, 9001, 0.0), (203, 9000, 0.8)):
+                polls.clear()
+                begin = time.monotonic()
+                self.assertEqual(proxy.clone(newid, source).status, 200)
+                self.assertGreater(len(polls), 1)
+                self.assertGreater(polls[0] - begin, usual / 2)
+
     def test_tasks_here_wake_the_worker(self) -> None:
         states: list[str] = []
 
@@ -2920,7 +2936,7 @@ class Leaving(unittest.TestCase):
             self.assertIs(clones.get(), job)
             clones.leave(job, client)
         clones.settle(job, program.Ended("failed", refusal("x"), "x", "CLONE FAILED: x"))
-        self.assertEqual((job.outgoing.body, job.outgoing.fields, job.poll_fields), (None, [], []), "no secret is kept")
+        self.assertEqual((job.outgoing.body, job.outgoing.lines, job.poll_fields), (None, b"", []), "no secret is kept")
         self.assertIs(come_and_go(program.KEEP_SECONDS - 1), job)
         self.assertIsNotNone(job.answer)
         self.assertIsNot(come_and_go(2), job)
