@@ -2373,7 +2373,7 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
 
 class ListeningServer(http.server.ThreadingHTTPServer):
     """A ThreadingHTTPServer on a socket that listens already. `lock` guards `connections`, how many have been accepted and
-    not closed, at most `limit`; it is notified with each one's end."""
+    not closed, at most `limit`; `closed` shares it and is notified with each one's end."""
 
     def __init__(self, listener: socket.socket, handler: type[http.server.BaseHTTPRequestHandler], limit: int) -> None:
         host, port = listener.getsockname()[:2]
@@ -2383,7 +2383,8 @@ class ListeningServer(http.server.ThreadingHTTPServer):
         self.address = host_port(host, port)
         self.is_local = ipaddress.ip_address(plain_address(host) or "::").is_loopback  # only this host can reach it
         self.limit = limit
-        self.lock = threading.Condition()
+        self.lock = threading.Lock()
+        self.closed = threading.Condition(self.lock)
         self.connections = 0
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -2415,7 +2416,7 @@ class ListeningServer(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
         with self.lock:
             self.connections -= 1
-            self.lock.notify_all()
+            self.closed.notify_all()
 
 
 class ProxyServer(ListeningServer):
@@ -2502,7 +2503,7 @@ class ProxyServer(ListeningServer):
     def wait_until_closed(self, deadline: float) -> bool:
         """Wait for all connections to close; False if some are left at the deadline."""
         with self.lock:
-            return self.lock.wait_for(lambda: not self.connections, max(0.0, deadline - time.monotonic()))
+            return self.closed.wait_for(lambda: not self.connections, max(0.0, deadline - time.monotonic()))
 
     def count(self, name: str) -> int:
         """Count one more of STATUS_CLASSES, `backend_errors` or `refused_connections`: how many there are now."""
