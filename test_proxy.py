@@ -3272,7 +3272,8 @@ class QueueInvariants(unittest.TestCase):
             answer = self.clones.collect(job, client)
             self.assertFalse(answer and kept, "who hung up gets nothing that another one might want")
             self.gone.remove((job, client))
-            self.leave(job, client)
+            self.clones.leave(job, client)
+            client.close()
 
     def collect(self, job: program.CloneJob, client: PretendedClient) -> None:
         """A client that is there gets its answer."""
@@ -3781,8 +3782,7 @@ class Smuggling(unittest.TestCase):
             statuses = []
             for count in range(50, 70):
                 self.assertEqual(proxy.get("/").status, 200)  # leaves a used connection to PVE behind
-                answer = proxy.ask(f"GET / HTTP/1.1\r\nHost: h\r\n{padding(count)}{self.CALL}\r\n".encode())
-                statuses.append(answer.status)
+                statuses.append(proxy.ask(f"GET / HTTP/1.1\r\nHost: h\r\n{padding(count)}{self.CALL}\r\n".encode()).status)
             self.assertEqual(statuses, [200] * 8 + [431] * 12, "60 lines, the proxy's own field among them")
             self.assertEqual((pve.clones, pve.requests), ([], 28))
 
@@ -3840,14 +3840,14 @@ class Smuggling(unittest.TestCase):
 
 class Formats(unittest.TestCase):
     def test_formats_that_nobody_needs_do_not_clone(self) -> None:
+        formats = ("html", "htmljs", "png", "spiceconfig", "text", "%68tml", "/html", "JSON", "json2")
         with FakePVE() as pve, Proxy(pve.url, "-qemu") as proxy:
-            for format_ in ("html", "htmljs", "png", "spiceconfig", "text", "%68tml", "/html", "JSON", "json2"):
-                for kind, source in ((CT, 9000), (VM, 8000)):
-                    with self.subTest(format_, kind=kind):
-                        answer = proxy.clone(201, path=f"/api2/{format_}/nodes/pve/{kind}/{source}/clone")
-                        self.assertEqual(answer.status, 501)
-                        self.assertIn(b"/api2/json/", answer.first)
-                        self.assertIn("/api2/json/", json.loads(answer.body)["message"])
+            for format_, guest in itertools.product(formats, (f"{CT}/9000", f"{VM}/8000")):
+                with self.subTest(format_, guest=guest):
+                    answer = proxy.clone(201, path=f"/api2/{format_}/nodes/pve/{guest}/clone")
+                    self.assertEqual(answer.status, 501)
+                    self.assertIn(b"/api2/json/", answer.first)
+                    self.assertIn("/api2/json/", json.loads(answer.body)["message"])
             self.assertEqual((pve.requests, pve.clones), (0, []))
 
     def test_the_guis_format_and_all_else_in_these_formats_are_relayed(self) -> None:
@@ -3916,15 +3916,11 @@ class Parameters(unittest.TestCase):
         ("", "", FORM, ""),
     ]
 
-    def test_rows(self) -> None:
-        for query, body, _, newid in self.ROWS:
-            with self.subTest(query=query, body=body):
-                self.assertEqual(program.newid_of(query, body.encode()), newid)
-
-    def test_the_simulated_pve_reads_the_same(self) -> None:
+    def test_rows_are_read_alike_by_the_proxy_and_the_simulated_pve(self) -> None:
         with FakePVE(tls="") as pve, Proxy(pve.url) as proxy:
             for query, body, kind, newid in self.ROWS:
                 with self.subTest(query=query, body=body):
+                    self.assertEqual(program.newid_of(query, body.encode()), newid)
                     request = (
                         f"POST /api2/json/nodes/pve/lxc/9000/clone{query and '?'}{query} HTTP/1.1\r\nHost: h\r\n"
                         f"Authorization: {TOKEN}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
@@ -3951,29 +3947,25 @@ class UserNames(unittest.TestCase):
             self.assertEqual({task.user for task in pve.tasks.values()}, {f"{user}!ci" for user in users})
 
     def test_every_printable_upid_is_polled_percent_encoded(self) -> None:
-        for upid, encoded in [
-            ("UPID:", "UPID%3A"),
-            ("UPID:pve2:a%2fb?c#d:", "UPID%3Apve2%3Aa%252fb%3Fc%23d%3A"),
-            ("UPID:%2e%2e", "UPID%3A%252e%252e"),
-        ]:
-            polls: list[str] = []
+        def script(wire: Wire) -> None:
+            while True:
+                request = backend.request(wire).first
+                data = upid if request.startswith(b"POST") else {"status": "stopped", "exitstatus": "OK"}
+                body = json.dumps({"data": data}).encode()
+                wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
-            def script(wire: Wire, upid: str = upid, polls: list[str] = polls) -> None:
-                while True:
-                    first = backend.request(wire).first.decode()
-                    data: object = {"status": "stopped", "exitstatus": "OK"}
-                    if first.startswith("POST"):
-                        data = upid
-                    elif "/tasks/" in first:
-                        polls.append(first)
-                    body = json.dumps({"data": data}).encode()
-                    wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-
-            with self.subTest(upid), ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
-                self.assertEqual(json.loads(proxy.clone(201).body)["data"], upid)
-                self.assertEqual(len(polls), 1)
-                self.assertIn(f"/tasks/{encoded}/status ", polls[0])
-                proxy.wait_log("CLONE COMPLETE")
+        with ScriptedBackend(script) as backend, Proxy(backend.url) as proxy:
+            for count, (upid, encoded) in enumerate([
+                ("UPID:", b"UPID%3A"),
+                ("UPID:pve2:a%2fb?c#d:", b"UPID%3Apve2%3Aa%252fb%3Fc%23d%3A"),
+                ("UPID:%2e%2e", b"UPID%3A%252e%252e"),
+            ], 1):  # fmt: skip
+                with self.subTest(upid):
+                    self.assertEqual(json.loads(proxy.clone(201).body)["data"], upid)
+                    polls = [request.first for request in backend.requests if b"/tasks/" in request.first]
+                    self.assertEqual(len(polls), count)
+                    self.assertIn(b"/tasks/" + encoded + b"/status ", polls[-1])
+                    proxy.wait_log("CLONE COMPLETE", count)
 
 
 # PVE that is away, and sources that are locked
@@ -3985,46 +3977,41 @@ QUICKLY_STUCK = "program.STUCK_PAUSE = 0.05"  # how far apart the tries are that
 class PveAway(unittest.TestCase):
     def with_the_end_of_a_task(self, pve: FakePVE, call: Callable[[], None]) -> None:
         """Call this right before the answer that a task has ended, which the next clone follows."""
-        task_status = pve.task_status
-        called: list[bool] = []
+        task_status, calls = pve.task_status, [call]
 
         def last_answer(upid: str, user: str) -> dict[str, object]:
             status = task_status(upid, user)
-            if status["status"] == "stopped" and not called:
-                called.append(True)
-                call()
+            if status["status"] == "stopped" and calls:
+                calls.pop()()
             return status
 
-        patch = unittest.mock.patch.object(pve, "task_status", last_answer)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.enterContext(unittest.mock.patch.object(pve, "task_status", last_answer))
 
     def test_clones_wait_until_pve_is_back(self) -> None:
         with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, *WITH_STATUS) as proxy:
             first, *waiting = queue_up(proxy, *(clone_request(201 + index, 9000 + index % 2) for index in range(6)))
             self.with_the_end_of_a_task(pve, pve.go_away)
-            pve.finish()
-            self.assertEqual(first.message().status, 200)
+            finish(pve, first)
             proxy.wait_log("CLONE LOCKED: node=pve vmid=9001 newid=202: .*Connection refused")
             wait_until(lambda: metric_of(proxy, "lock_retries_total") >= 3, "more tries")
             self.assertEqual([job["stage"] for job in snapshot_of(proxy)["waiting"]], ["away"] * 5)
             self.assertEqual(len(proxy.lines("CLONE START")), 2, "the others wait behind it")
             waiting += bring(proxy, clone_request(207, 9002))
             pve.come_back()
-            self.assertEqual([wire.message().status for wire in waiting], [200] * 6)
+            expect_cloned(*waiting)
             self.assertEqual([record.newid for record in pve.clones], ["201", "202", "203", "204", "205", "206", "207"])
             self.assertEqual(pve.most_at_once, 1)
             proxy.wait_log("CLONE COMPLETE: .* newid=202 tries=[0-9]+$")
 
     def test_a_restart_in_mid_task_costs_nothing(self) -> None:
         with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url) as proxy:
-            wires = queue_up(proxy, *(clone_request(201 + index) for index in range(3)))
+            wires = queue_up(proxy, *map(clone_request, (201, 202, 203)))
             pve.wait_for_clones(1)
             pve.go_away()
             pve.finish()
             proxy.wait_log("TASK POLL ERROR: .*Connection refused")
             pve.come_back()
-            self.assertEqual([wire.message().status for wire in wires], [200] * 3)
+            expect_cloned(*wires)
             self.assertEqual((len(pve.clones), pve.most_at_once), (3, 1))
 
     def test_after_the_lock_timeout_all_get_502(self) -> None:
@@ -4032,12 +4019,11 @@ class PveAway(unittest.TestCase):
             first, *waiting = queue_up(proxy, *(clone_request(201 + index, 9000 + index % 2) for index in range(4)))
             self.with_the_end_of_a_task(pve, pve.go_away)
             begin = time.monotonic()
-            pve.finish()
-            self.assertEqual(first.message().status, 200)
+            finish(pve, first)
             answers = [wire.message() for wire in waiting]
             self.assertGreater(time.monotonic() - begin, 0.6)
-            self.assertEqual([answer.status for answer in answers], [502] * 3)
             for answer in answers:
+                self.assertEqual(answer.status, 502)
                 self.assertIn("Connection refused", json.loads(answer.body)["message"])
                 self.assertNotIn("unknown", json.loads(answer.body)["message"], "nothing was sent")
             proxy.wait_log("CLONE FAILED", 3)
@@ -4045,32 +4031,31 @@ class PveAway(unittest.TestCase):
             pve.come_back()
 
     def test_the_login_check_waits_too(self) -> None:
-        with FakePVE() as pve, Proxy(pve.url, *WITH_STATUS) as proxy:
+        with FakePVE() as pve, Proxy(pve.url) as proxy:
             pve.go_away()
-            wires = bring(proxy, *(clone_request(201 + index) for index in range(3)))
-            wires[2].close()
+            leaver, *wires = bring(proxy, *map(clone_request, (201, 202, 203)))
+            leaver.close()
             proxy.wait_log("CLONE DROPPED: .*its client left before it was queued")
             self.assertEqual(proxy.lines("CLONE QUEUED"), [])
             pve.come_back()
-            self.assertEqual([wire.message().status for wire in wires[:2]], [200, 200])
+            expect_cloned(*wires)
             self.assertEqual(len(pve.clones), 2)
 
     def test_the_login_check_ends_with_the_lock_timeout_and_at_a_shutdown(self) -> None:
         with socket.socket() as deaf:  # bound, so that nobody else gets the port, and not listening
             deaf.bind(("127.0.0.1", 0))
+            backend = f"http://127.0.0.1:{deaf.getsockname()[1]}"
             for timeout in ("0", "300ms"):
-                with self.subTest(timeout):
-                    with Proxy(f"http://127.0.0.1:{deaf.getsockname()[1]}", "-lock-timeout", timeout) as proxy:
-                        answer = proxy.clone(201)
-                        self.assertEqual(answer.status, 502)
-                        self.assertIn("Connection refused", json.loads(answer.body)["message"])
+                with self.subTest(timeout), Proxy(backend, "-lock-timeout", timeout) as proxy:
+                    answer = proxy.clone(201)
+                    self.assertEqual(answer.status, 502)
+                    self.assertIn("Connection refused", json.loads(answer.body)["message"])
         with answering(b"HTTP/1.1 595 Connection refused\r\nContent-Length: 0\r\n\r\n") as pveproxy:
-            with Proxy(pveproxy.url) as proxy, proxy.wire() as wire:
-                wire.send(clone_request(201))
+            with Proxy(pveproxy.url) as proxy:
+                wire = bring(proxy, clone_request(201))[0]
                 wait_until(pveproxy.asked, "the login check")
                 proxy.process.terminate()
-                answer = wire.message()
-                self.assertEqual((answer.status, answer.get("retry-after")), (503, b"5"))
+                expect_shutting_down(wire)
                 wire.close()
                 self.assertEqual(proxy.stop(0), 0)
 
@@ -4088,13 +4073,12 @@ class PveAway(unittest.TestCase):
                 self.assertIn("did not accept a connection", json.loads(answer.body)["message"])
 
     def test_595_is_waited_for_by_that_node_alone(self) -> None:
-        with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, *WITH_STATUS) as proxy:
+        with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url) as proxy:
             other = clone_request(204, path="/api2/json/nodes/pve2/lxc/9002/clone")
             wires = queue_up(proxy, *(clone_request(201 + index, 9000 + index % 2) for index in range(3)), other)
             pve.wait_for_clones(1)
             pve.clone_faults.append("595 Connection refused")
-            pve.finish()
-            self.assertEqual([wire.message().status for wire in wires], [200] * 4)
+            finish(pve, *wires)
             self.assertEqual([record.newid for record in pve.clones], ["201", "202", "204", "202", "203"])
             proxy.wait_log("CLONE LOCKED: node=pve vmid=9001 newid=202: Connection refused")
 
@@ -4146,20 +4130,22 @@ class PveAway(unittest.TestCase):
 
 
 class LockTimes(unittest.TestCase):
-    def test_all_that_wait_for_a_source_are_refused_together(self) -> None:
-        flags = ("-lock-timeout", "600ms")
-        with FakePVE(tls="") as pve, Proxy(pve.url, *flags, constants=QUICKLY_STUCK) as proxy:
-            pve.locks["9000"] = "backup"
-            wires = queue_up(proxy, *(clone_request(201 + index) for index in range(8)))
-            answers = [wire.message() for wire in wires]
-            self.assertEqual({answer.first for answer in answers}, {b"HTTP/1.1 500 CT is locked (backup)"})
-            self.assertEqual({json.loads(answer.body)["message"].strip() for answer in answers}, {"CT is locked (backup)"})
+    def test_when_the_time_is_over_all_that_wait_for_a_source_get_pves_refusal_together(self) -> None:
+        with FakePVE(tls="") as pve, Proxy(pve.url, "-lock-timeout", "600ms", constants=QUICKLY_STUCK) as proxy:
+            pve.locks["9000"] = "snapshot"
+            begin = time.monotonic()
+            answers = [wire.message() for wire in queue_up(proxy, *map(clone_request, range(201, 209)))]
+            self.assertGreater(time.monotonic() - begin, 0.6)
+            self.assertEqual({answer.first for answer in answers}, {b"HTTP/1.1 500 CT is locked (snapshot)"})
+            messages = [json.loads(answer.body)["message"] for answer in answers]
+            self.assertEqual(messages, ["CT is locked (snapshot)\n"] + ["CT is locked (snapshot)"] * 7, "one is PVE's own")
             self.assertEqual({record.newid for record in pve.clones}, {"201"}, "the others need no try of their own")
+            self.assertGreater(len(pve.clones), 2)
+            self.assertGreater(pve.clones[-1].at - pve.clones[0].at, 0.6, "one more try at the end")
             proxy.wait_log("CLONE FAILED: .*CT is locked", 8)
 
     def test_each_has_its_time_from_its_arrival(self) -> None:
-        flags = ("-lock-timeout", "1500ms")
-        with FakePVE(tls="") as pve, Proxy(pve.url, *flags, constants=QUICKLY_STUCK) as proxy:
+        with FakePVE(tls="") as pve, Proxy(pve.url, "-lock-timeout", "1500ms", constants=QUICKLY_STUCK) as proxy:
             pve.locks["9000"] = "backup"
             first = queue_up(proxy, clone_request(201))[0]
             pve.wait_for_clones(4)
@@ -4179,11 +4165,9 @@ class LockTimes(unittest.TestCase):
             pve.wait_for_clones(1)
             time_over = time.monotonic() + 0.8
             wait_until(lambda: time.monotonic() > time_over)
-            pve.finish()
-            self.assertEqual(first.message().status, 200)
+            finish(pve, first)
             pve.wait_for_clones(4)
-            with pve.lock:
-                del pve.locks["9001"]
+            pve.unlock("9001")
             self.assertEqual(second.message().status, 200, "it was first found locked just now")
 
     def test_the_pauses_grow_to_half_a_second(self) -> None:
@@ -4202,43 +4186,42 @@ class BusySources(unittest.TestCase):
 
     def setUp(self) -> None:
         self.pve = self.enterContext(FakePVE(tls="", clone_seconds=ENDLESS))
-        self.looks: list[tuple[float, list[dict[str, object]]]] = []  # at the list of tasks, and what it showed
+        # Looks at the list of tasks: when, whose, of which source, and what it showed.
+        self.looks: list[tuple[float, str, object, list[dict[str, object]]]] = []
         self.see = lambda tasks: tasks  # what is shown in place of them
-        list_tasks = self.pve.list_tasks
+        list_tasks, task_status = self.pve.list_tasks, self.pve.task_status
 
         def look(user: str, parameters: dict[str, object]) -> list[dict[str, object]]:
             tasks = self.see(list_tasks(user, parameters))
-            self.looks.append((time.monotonic(), tasks))
+            self.looks.append((time.monotonic(), user, parameters["vmid"], tasks))
             return tasks
-
-        task_status = self.pve.task_status
 
         def status(upid: str, user: str) -> dict[str, object]:
             return {"status": "running"} if upid == "UPID:x" else task_status(upid, user)
 
-        self.enterContext(unittest.mock.patch.object(self.pve, "list_tasks", look))
-        self.enterContext(unittest.mock.patch.object(self.pve, "task_status", status))
+        self.enterContext(unittest.mock.patch.multiple(self.pve, list_tasks=look, task_status=status))
 
-    def proxy(self, lock_timeout: str, constants: str = QUICKLY_STUCK) -> Proxy:
-        return self.enterContext(Proxy(self.pve.url, "-lock-timeout", lock_timeout, constants=constants))
+    def proxy(self, lock_timeout: str, *flags: str, constants: str = QUICKLY_STUCK) -> Proxy:
+        return self.enterContext(Proxy(self.pve.url, "-lock-timeout", lock_timeout, *flags, constants=constants))
+
+    def show(self, type_: str, source: str, upid: str = "UPID:x") -> None:
+        """Let the list show one task that runs."""
+        self.see = lambda tasks: [{"type": type_, "id": source, "status": "RUNNING", "upid": upid}]
 
     def clone_straight(self, newid: int, source: int = 9000, token: str = TOKEN) -> None:
         """A clone that somebody else starts."""
         with Wire.to(self.pve.port) as wire:
-            wire.send(clone_request(newid, source, token))
-            self.assertEqual(wire.message().status, 200)
+            self.assertEqual(wire.ask(clone_request(newid, source, token)).status, 200)
 
     def wait_for_looks(self, count: int) -> None:
         wait_until(lambda: len(self.looks) >= count, f"{count} looks at the list of tasks")
 
     def test_running_clones_of_others_are_waited_for(self) -> None:
-        proxy = self.proxy("150ms")
         self.clone_straight(201)
-        wires = queue_up(proxy, clone_request(202), clone_request(203))
+        wires = queue_up(self.proxy("150ms"), clone_request(202), clone_request(203))
         self.wait_for_looks(5)
-        self.pve.finish()
-        self.assertEqual([wire.message().status for wire in wires], [200, 200])
-        self.assertTrue(all(tasks for _, tasks in self.looks))
+        finish(self.pve, *wires)
+        self.assertTrue(all(tasks for *_, tasks in self.looks))
 
     def test_tasks_that_cannot_be_seen_or_are_none_of_the_sources_clones_do_not_count(self) -> None:
         self.pve.privileged.clear()
@@ -4248,15 +4231,14 @@ class BusySources(unittest.TestCase):
         proxy = self.proxy("100ms")
         self.assertEqual(proxy.clone(203).first, b"HTTP/1.1 500 CT is locked (disk)")
         self.assertEqual(proxy.clone(204, 9001).first, b"HTTP/1.1 500 CT is locked (backup)")
-        self.see = lambda tasks: [{"type": "vzdump", "id": "9001", "status": "RUNNING", "upid": "UPID:x"}]
-        self.assertEqual(proxy.clone(205, 9001).first, b"HTTP/1.1 500 CT is locked (backup)")
-        self.see = lambda tasks: [{"type": "vzclone", "id": "9000", "status": "RUNNING", "upid": "UPID:x"}]
-        self.assertEqual(proxy.clone(206, 9001).first, b"HTTP/1.1 500 CT is locked (backup)")
+        for task in (("vzdump", "9001"), ("vzclone", "9000")):
+            self.show(*task)
+            self.assertEqual(proxy.clone(205, 9001).first, b"HTTP/1.1 500 CT is locked (backup)", task)
 
     def test_a_vms_clone_is_asked_for_by_its_own_kind_of_task(self) -> None:
         self.pve.locks["8000"] = "backup"
-        self.see = lambda tasks: [{"type": "qmclone", "id": "8000", "status": "RUNNING", "upid": "UPID:x"}]
-        proxy = self.enterContext(Proxy(self.pve.url, "-lock-timeout", "100ms", "-qemu", constants=QUICKLY_STUCK))
+        self.show("qmclone", "8000")
+        proxy = self.proxy("100ms", "-qemu")
         wire = queue_up(proxy, clone_request(201, path="/api2/json/nodes/pve/qemu/8000/clone"))[0]
         self.wait_for_looks(5)
         self.assertEqual(proxy.lines("CLONE FAILED"), [])
@@ -4266,9 +4248,8 @@ class BusySources(unittest.TestCase):
     def test_an_entry_of_the_list_that_is_out_of_date_does_not_count(self) -> None:
         self.clone_straight(201)
         self.pve.finish()
-        upid = next(iter(self.pve.tasks))
         self.pve.locks["9000"] = "backup"
-        self.see = lambda tasks: [{"type": "vzclone", "id": "9000", "status": "RUNNING", "upid": upid}]
+        self.show("vzclone", "9000", next(iter(self.pve.tasks)))
         self.assertEqual(self.proxy("100ms").clone(202).first, b"HTTP/1.1 500 CT is locked (backup)")
         self.assertEqual(len(self.looks), 3)
 
@@ -4286,37 +4267,28 @@ class BusySources(unittest.TestCase):
 
     def test_three_tries_spread_over_two_seconds_must_be_in_vain(self) -> None:
         self.pve.locks["9000"] = "disk"
-        proxy = self.proxy("100ms", constants="")
-        self.assertEqual(proxy.clone(201).first, b"HTTP/1.1 500 CT is locked (disk)")
+        self.assertEqual(self.proxy("100ms", constants="").clone(201).first, b"HTTP/1.1 500 CT is locked (disk)")
         self.assertEqual(len(self.looks), 3)
         self.assertGreaterEqual(self.looks[-1][0] - self.looks[0][0], 1.9)
         self.assertGreaterEqual(self.pve.clones[-1].at - self.pve.clones[-3].at, 1.9)
 
     def test_a_list_that_cannot_be_read_shows_nothing(self) -> None:
         self.clone_straight(201)
-        self.pve.random_fault = lambda kind: "403 Permission check failed" if kind == "relay" else ""
+        faults = {"relay": ""}
+        self.pve.random_fault = lambda kind: faults.get(kind, "")
         proxy = self.proxy("100ms")
-        self.assertEqual(proxy.clone(202).first, b"HTTP/1.1 500 CT is locked (disk)")
-        for fault in ("reset", "json:nonsense", 'json:{"data":[1,null,{"type":"vzclone"}]}'):
+        for fault in ("403 Permission check failed", "reset", "json:nonsense", 'json:{"data":[1,null,{"type":"vzclone"}]}'):
             with self.subTest(fault):
-                self.pve.random_fault = lambda kind, fault=fault: fault if kind == "relay" else ""  # type: ignore[misc]
+                faults["relay"] = fault
                 self.assertEqual(proxy.clone(202).first, b"HTTP/1.1 500 CT is locked (disk)")
 
     def test_it_is_asked_with_the_clones_own_credentials_and_only_when_the_time_is_over(self) -> None:
         self.pve.locks["9000"] = "backup"
-        users: list[object] = []
-
-        def look(user: str, parameters: dict[str, object]) -> list[object]:
-            users.append((user, parameters["vmid"]))
-            return []
-
-        self.enterContext(unittest.mock.patch.object(self.pve, "list_tasks", look))
-        proxy = self.proxy("1s")
-        wire = queue_up(proxy, clone_request(201, token=OTHER_TOKEN))[0]
+        wire = queue_up(self.proxy("1s"), clone_request(201, token=OTHER_TOKEN))[0]
         self.pve.wait_for_clones(2)
-        self.assertEqual(users, [])
+        self.assertEqual(self.looks, [])
         self.assertEqual(wire.message().status, 500)
-        self.assertEqual(set(users), {("root@pam!other", "9000")})
+        self.assertEqual({(user, vmid) for _, user, vmid, _ in self.looks}, {("root@pam!other", "9000")})
 
     def test_no_clone_is_lost_before_several_proxies(self) -> None:
         self.pve.clone_seconds = 0.12
@@ -4334,11 +4306,10 @@ class ClonedTimes(unittest.TestCase):
             pve.locks["9000"] = "backup"
             wires = queue_up(proxy, clone_request(201), clone_request(202))
             pve.wait_for_clones(5)
-            with pve.lock:
-                held = pve.clones[-1].at - pve.clones[0].at
-                del pve.locks["9000"]
-            self.assertEqual([wire.message().status for wire in wires], [200, 200])
-            status = wait_until(lambda: (now := snapshot_of(proxy))["totals"]["completed"] == 2 and now)
+            held = pve.clones[-1].at - pve.clones[0].at
+            pve.unlock("9000")
+            expect_cloned(*wires)
+            status = snapshot_with(proxy, "completed", 2)
             tasks = sum(task.seconds for task in pve.tasks.values())
             self.assertEqual(status["clone_seconds"]["count"], 2)
             self.assertGreater(status["wait_seconds"]["sum"], 2 * held - 0.5)
@@ -4370,10 +4341,9 @@ class ClonedTimes(unittest.TestCase):
         flags = ("-lock-timeout", "300ms", *WITH_STATUS)
         with FakePVE(tls="") as pve, Proxy(pve.url, *flags, constants=QUICKLY_STUCK) as proxy:
             pve.locks["9000"] = "backup"
-            self.assertEqual(proxy.clone(201).status, 500)
-            self.assertEqual(proxy.clone(202, 777).status, 500)
+            self.assertEqual([proxy.clone(201).status, proxy.clone(202, 777).status], [500, 500])
             proxy.wait_log(r"CLONE FAILED: .*newid=201 status=.* tries=[0-9]+$")
-            status = wait_until(lambda: (now := snapshot_of(proxy))["totals"]["failed"] == 2 and now)
+            status = snapshot_with(proxy, "failed", 2)
             self.assertEqual((status["clone_seconds"]["count"], status["clone_seconds"]["sum"]), (0, 0))
             self.assertEqual([job["clone_seconds"] for job in status["history"]], [0, 0])
             self.assertGreater(status["history"][0]["waited_seconds"], 0.3)
@@ -4386,6 +4356,15 @@ class ClonedTimes(unittest.TestCase):
 FEW = "program.MAX_CONNECTIONS = 8"
 
 
+def open_tunnels(proxy: Proxy, count: int) -> list[Wire]:
+    """So many upgraded connections."""
+    wires = bring(proxy, *[UPGRADE] * count)
+    statuses = [wire.head().status for wire in wires]
+    if statuses != [101] * count:
+        raise AssertionError(f"not all are tunnels: {statuses}")
+    return wires
+
+
 class SlowBodies(unittest.TestCase):
     """Who drips a body must make room, but nobody else."""
 
@@ -4394,18 +4373,20 @@ class SlowBodies(unittest.TestCase):
 
     def keep_sending(self, wires: list[Wire], data: bytes) -> None:
         """Go on sending that on these connections, each as long as it goes."""
-        stop = threading.Event()
+        stop, left = threading.Event(), set(wires)
 
-        def send() -> None:
-            left = list(wires)
+        def send(wire: Wire) -> None:
+            try:
+                wire.send(data)
+            except OSError:
+                left.discard(wire)
+
+        def send_all() -> None:
             while not stop.wait(0.02):
                 for wire in list(left):
-                    try:
-                        wire.send(data)
-                    except OSError:
-                        left.remove(wire)
+                    send(wire)
 
-        sender = threading.Thread(target=send)
+        sender = threading.Thread(target=send_all)
         sender.start()
         self.addCleanup(sender.join)
         self.addCleanup(stop.set)
@@ -4448,11 +4429,8 @@ class SlowBodies(unittest.TestCase):
         with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, *WITH_STATUS, constants=constants) as proxy:
             clones = queue_up(proxy, clone_request(201), clone_request(202))
             pve.wait_for_clones(1)
-            tunnels = bring(proxy, *[UPGRADE] * 3)
-            for tunnel in tunnels:
-                self.assertEqual(tunnel.head().status, 101)
-            uploads = bring(proxy, *[upload] * 4)
-            dripping = bring(proxy, self.DRIPPING)[0]
+            tunnels = open_tunnels(proxy, 3)
+            dripping, *uploads = bring(proxy, self.DRIPPING, *[upload] * 4)
             self.keep_sending(uploads, bytes(4096))
             wait_until(lambda: snapshot_of(proxy)["connections"] == 10, "all of them")
             idle = self.let_in(proxy, GET)
@@ -4463,15 +4441,9 @@ class SlowBodies(unittest.TestCase):
             while time.monotonic() < end:
                 self.assertEqual(proxy.get("/").status, 503, "nobody has to make room any more")
             self.assertFalse(any(is_closed(wire) for wire in uploads + tunnels + clones))
-            close_all(uploads)
-            pve.finish()
-            self.assertEqual([wire.message().status for wire in clones], [200, 200])
-
-
-def close_all(wires: list[Wire]) -> None:
-    """Close them, so that a shutdown need not wait."""
-    for wire in wires:
-        wire.close()
+            for wire in uploads:  # a shutdown would wait for them
+                wire.close()
+            finish(pve, *clones)
 
 
 def is_closed(wire: Wire) -> bool:
@@ -4492,25 +4464,18 @@ def is_closed(wire: Wire) -> bool:
 class Crowds(unittest.TestCase):
     def test_waiting_clones_leave_room_for_others(self) -> None:
         with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, *WITH_STATUS, constants=FEW) as proxy:
-            wires = queue_up(proxy, *(clone_request(201 + index) for index in range(20)))
+            wires = queue_up(proxy, *map(clone_request, range(201, 221)))
             self.assertEqual(proxy.get("/").status, 200)
-            tunnels = bring(proxy, *[UPGRADE] * 7)
-            for tunnel in tunnels:
-                self.assertEqual(tunnel.head().status, 101)
+            open_tunnels(proxy, 7)
             wires += queue_up(proxy, clone_request(221), clone_request(222))
             self.assertEqual(proxy.get("/").status, 200)
             self.assertEqual(metric_of(proxy, "refused_connections_total"), 0)
-            pve.finish(0.01)
-            self.assertEqual([wire.message().status for wire in wires], [200] * 22)
+            finish(pve, *wires, then=0.01)
 
     def test_when_they_are_answered_and_idle_they_keep_nobody_out(self) -> None:
-        constants = FEW
-        with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, *WITH_STATUS, constants=constants) as proxy:
-            wires = queue_up(proxy, *(clone_request(201 + index) for index in range(20)))
-            pve.finish(0.01)
-            self.assertEqual([wire.message().status for wire in wires], [200] * 20)
-            for _ in range(3):
-                self.assertEqual(proxy.get("/").status, 200)
+        with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, *WITH_STATUS, constants=FEW) as proxy:
+            finish(pve, *queue_up(proxy, *map(clone_request, range(201, 221))), then=0.01)
+            self.assertEqual([proxy.get("/").status for _ in range(3)], [200] * 3)
             self.assertEqual(metric_of(proxy, "refused_connections_total"), 0)
 
     def test_refused_clients_that_go_on_sending_make_room(self) -> None:
@@ -4522,9 +4487,7 @@ class Crowds(unittest.TestCase):
 
     def test_who_is_refused_is_counted_and_told_of_once(self) -> None:
         with FakePVE() as pve, Proxy(pve.url, *WITH_STATUS, constants=FEW) as proxy:
-            tunnels = bring(proxy, *[UPGRADE] * 8)
-            for tunnel in tunnels:
-                self.assertEqual(tunnel.head().status, 101)
+            tunnels = open_tunnels(proxy, 8)
             for _ in range(5):
                 answer = proxy.get("/")
                 self.assertEqual((answer.status, answer.get("retry-after")), (503, b"5"))
@@ -4536,41 +4499,26 @@ class Crowds(unittest.TestCase):
             self.assertGreater(pve.requests, 0)
 
     def test_that_is_told_again_later(self) -> None:
-        constants = f"{FEW}; program.CROWD_LINE_SECONDS = 0.05"
-        with FakePVE() as pve, Proxy(pve.url, constants=constants) as proxy:
-            for tunnel in bring(proxy, *[UPGRADE] * 8):
-                self.assertEqual(tunnel.head().status, 101)
+        with FakePVE() as pve, Proxy(pve.url, constants=f"{FEW}; program.CROWD_LINE_SECONDS = 0.05") as proxy:
+            open_tunnels(proxy, 8)
             wait_until(lambda: proxy.get("/").status == 503 and len(proxy.lines("TOO MANY CONNECTIONS")) == 3)
             self.assertEqual(len(pve.connections), 8)
 
     def test_a_newcomer_looks_at_all_waiting_clients_at_once(self) -> None:
-        clones = program.CloneQueue(program.parse_flags(["-queue-size", "500"]))
-        poll = select.poll
-        calls: list[int] = []
+        clones, poll = program.CloneQueue(program.parse_flags(["-queue-size", "500"])), select.poll
+        self.enterContext(unittest.mock.patch.object(program.log, "disabled", True))
+        for newid in range(100):
+            job = clones.admit(job_of(self.enterContext(PretendedClient()), newid=newid))
+        polls: list[unittest.mock.Mock] = []
 
-        class CountingPoll:
-            def __init__(self) -> None:
-                self.poller = poll()
-                self.register = self.poller.register
+        def counting() -> unittest.mock.Mock:
+            polls.append(unittest.mock.Mock(wraps=poll()))
+            return polls[-1]
 
-            def poll(self, milliseconds: float = 0) -> list[tuple[int, int]]:
-                calls.append(1)
-                return self.poller.poll(milliseconds)
-
-        call = program.CloneCall("lxc", "pve", "9000", "101", "")
-        with unittest.mock.patch("select.poll", CountingPoll):
-            for index in range(100):
-                here, there = socket.socketpair()
-                self.addCleanup(here.close)
-                self.addCleanup(there.close)
-                outgoing = program.Outgoing("POST", "/", [], b"")
-                client = program.Client(here.fileno(), "127.0.0.1")
-                with self.assertLogs(program.log, "INFO"):
-                    clones.admit(program.CloneJob(call, outgoing, [], b"%d" % index, client))
-            calls.clear()
+        with unittest.mock.patch("select.poll", counting):
             clones.check_room()
             clones.look_around()
-        self.assertLessEqual(len(calls), 2)
+        self.assertLessEqual(sum(poller.poll.call_count for poller in polls), 2)
 
 
 class LogReaders(unittest.TestCase):
@@ -4578,99 +4526,84 @@ class LogReaders(unittest.TestCase):
 
     FEW_LINES = "program.LOG_LINES = 100"
 
-    def start(self, backend: str, constants: str = "") -> tuple[subprocess.Popen[bytes], int]:
-        """The program, whose stderr is read no further than to the line with its port."""
-        code = f"import os, sys; sys.path.insert(0, {HERE!r}); import pve_clone_queue_proxy as program\n{constants}\n"
-        command = [sys.executable, "-c", code + "os._exit(program.main(sys.argv[1:]))"]
-        command += ["-listen", "127.0.0.1:0", "-backend", backend, "-verbose"]
-        environment = {key: value for key, value in os.environ.items() if key != "JOURNAL_STREAM"}
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, bufsize=0)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        assert process.stderr
-        self.addCleanup(process.stderr.close)
-        match = re.search(rb"LISTENING: 127\.0\.0\.1:(\d+)", process.stderr.readline())
-        assert match
-        return process, int(match[1])
+    def start(self, backend: str, constants: str = "") -> None:
+        """Start the program, whose stderr is read no further than to the line with its port."""
+        self.process, line = start_program(self, backend, "-listen", "127.0.0.1:0", "-verbose", prepare=constants)
+        self.port = int(re.findall(rb"LISTENING: 127\.0\.0\.1:(\d+)", line)[0])
 
-    def fill(self, port: int, count: int = 500) -> None:
+    def fill(self, count: int = 500) -> None:
         """Have more lines logged than the pipe holds."""
-        with Wire.to(port) as wire:
+        with Wire.to(self.port) as wire:
             for _ in range(count):
-                wire.send(b"GET /%b HTTP/1.1\r\nHost: h\r\n\r\n" % (b"x" * 300))
-                self.assertEqual(wire.message().status, 200)
+                self.assertEqual(wire.ask(b"GET /%b HTTP/1.1\r\nHost: h\r\n\r\n" % (b"x" * 300)).status, 200)
+
+    def read(self, to_its_end: bool) -> bytes:
+        """What has been written to stderr by now, or until the program's end."""
+        assert self.process.stderr
+        os.set_blocking(self.process.stderr.fileno(), to_its_end)
+        return self.process.stderr.read() or b""
+
+    def terminate(self) -> None:
+        """Have its shutdown begin."""
+        self.process.terminate()
+        wait_until(lambda: refuses_connections(self.port), "the shutdown to begin")
 
     def test_requests_clones_and_signals_go_on(self) -> None:
         with FakePVE(clone_seconds=ENDLESS) as pve:
-            process, port = self.start(pve.url)
-            self.fill(port)
-            with Wire.to(port) as running, Wire.to(port) as waiting:
+            self.start(pve.url)
+            self.fill()
+            with Wire.to(self.port) as running, Wire.to(self.port) as waiting:
                 running.send(clone_request(201))
                 pve.wait_for_clones(1)
                 waiting.send(clone_request(202))
-                wait_until(lambda: sum(task.end == 0 for task in pve.tasks.values()) == 1)
-                pve.finish(ENDLESS)
-                self.assertEqual(running.message().status, 200)
+                finish(pve, running, then=ENDLESS)
                 pve.wait_for_clones(2)
-                process.terminate()
-                pve.finish()
-                self.assertEqual(waiting.message().status, 200)
+                self.process.terminate()
+                finish(pve, waiting)
             begin = time.monotonic()
-            self.assertEqual(process.wait(LONG), 0)
+            self.assertEqual(self.process.wait(LONG), 0)
             self.assertLess(time.monotonic() - begin, LONG / 2)
 
     def test_what_was_dropped_is_counted_and_said(self) -> None:
+        text = b""
+
+        def said() -> re.Match[bytes] | None:
+            nonlocal text
+            self.fill(1)
+            text += self.read(to_its_end=False)
+            return re.search(rb"LOG: (\d+) lines were dropped\n", text)
+
         with FakePVE(tls="") as pve:
-            process, port = self.start(pve.url, self.FEW_LINES)
-            self.fill(port)
-            text = b""
-
-            def read() -> None:
-                nonlocal text
-                assert process.stderr
-                while data := process.stderr.read(65536):
-                    text += data
-
-            reader = threading.Thread(target=read)
-            reader.start()
-
-            def said() -> re.Match[bytes] | None:
-                self.fill(port, 1)
-                return re.search(rb"LOG: (\d+) lines were dropped\n", text)
-
-            match = wait_until(said, "the line that tells of it")
-            process.terminate()
-            self.assertEqual(process.wait(LONG), 0)
-            reader.join(LONG)
+            self.start(pve.url, self.FEW_LINES)
+            self.fill()
+            dropped = int(wait_until(said, "the line that tells of it")[1])
+            self.process.terminate()
+            text += self.read(to_its_end=True)
+            self.assertEqual(self.process.wait(LONG), 0)
             written = text.count(b"RELAYED: ")
-            self.assertGreater(int(match[1]), 100)
+            self.assertGreater(dropped, 100)
             self.assertGreater(written, 100)
-            self.assertEqual(written + int(match[1]), pve.requests)
+            self.assertEqual(written + dropped, pve.requests)
 
     def test_what_is_left_is_written_at_the_end(self) -> None:
         with FakePVE(tls="") as pve:
-            process, port = self.start(pve.url, "program.LOG_FLUSH_SECONDS = 20.0")
-            self.fill(port)
-            process.terminate()
-            wait_until(lambda: refuses_connections(port), "the shutdown to begin")
-            assert process.stderr
-            text = b""
-            while data := process.stderr.read(65536):
-                text += data
-            self.assertEqual((process.wait(LONG), text.count(b"RELAYED: ")), (0, 500))
+            self.start(pve.url, "program.LOG_FLUSH_SECONDS = 20.0")
+            self.fill()
+            self.terminate()
+            text = self.read(to_its_end=True)
+            self.assertEqual((self.process.wait(LONG), text.count(b"RELAYED: ")), (0, 500))
             self.assertIn(b"shutting down\n", text)
 
     def test_a_second_signal_ends_it_too(self) -> None:
         with FakePVE(tls="", clone_seconds=ENDLESS) as pve:
-            process, port = self.start(pve.url, self.FEW_LINES)
-            with Wire.to(port) as wire:
+            self.start(pve.url, self.FEW_LINES)
+            with Wire.to(self.port) as wire:
                 wire.send(clone_request(201))
                 pve.wait_for_clones(1)
-                self.fill(port)
-                process.terminate()
-                wait_until(lambda: refuses_connections(port), "the shutdown to begin")
-                process.terminate()
-                self.assertEqual(process.wait(LONG), -signal.SIGTERM)
+                self.fill()
+                self.terminate()
+                self.process.terminate()
+                self.assertEqual(self.process.wait(LONG), -signal.SIGTERM)
 
 
 def refuses_connections(port: int) -> bool:
@@ -4685,19 +4618,6 @@ def refuses_connections(port: int) -> bool:
 class Restarts(unittest.TestCase):
     """With a listening socket that the service manager kept."""
 
-    def restart(self, kept: socket.socket, listen: str, backend: str) -> tuple[subprocess.Popen[bytes], bytes]:
-        """The program as it is started with that socket, and the line that tells where it listens."""
-        code = (f"import os, sys; os.dup2({kept.fileno()}, 3); os.environ['LISTEN_PID'] = str(os.getpid());"
-                f"os.execv(sys.executable, [sys.executable, {PROGRAM!r}, *sys.argv[1:]])")  # fmt: skip
-        command = [sys.executable, "-c", code, "-listen", listen, "-backend", backend]
-        environment = {key: value for key, value in os.environ.items() if key != "JOURNAL_STREAM"} | {"LISTEN_FDS": "1"}
-        process = subprocess.Popen(command, env=environment, pass_fds=[kept.fileno()], stderr=subprocess.PIPE)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        assert process.stderr
-        self.addCleanup(process.stderr.close)
-        return process, process.stderr.readline()
-
     @unittest.skipUnless(socket.has_dualstack_ipv6(), "no IPv6 here")
     def test_every_change_of_the_address_takes_effect(self) -> None:
         everywhere = ("::1", "127.0.0.1")
@@ -4711,27 +4631,24 @@ class Restarts(unittest.TestCase):
                 ("127.0.0.1", "[::1]:{}", ("::1",), ("127.0.0.1",)),
             ]:
                 with self.subTest(before=before, listen=listen):
-                    for attempt in range(5):  # a port that is free there may be used elsewhere
-                        if self.moves(before, listen, hosts, not_hosts, backend.url):
-                            break
-                        self.assertLess(attempt, 4, "always in use")
+                    # A port that is free there may be used elsewhere.
+                    moved = any(self.moves(before, listen, hosts, not_hosts, backend.url) for attempt in range(5))
+                    self.assertTrue(moved, "always in use")
 
     def moves(self, before: str, listen: str, hosts: tuple[str, ...], not_hosts: tuple[str, ...], backend: str) -> bool:
         """See that a restart ends with listening on these addresses and not on those; False if the port is in use."""
         family = socket.AF_INET6 if ":" in before else socket.AF_INET
         with socket.create_server((before, 0), family=family, dualstack_ipv6=before == "::") as kept:
             port = kept.getsockname()[1]
-            process, line = self.restart(kept, listen.format(port), backend)
+            process, line = start_program(self, backend, "-listen", listen.format(port), keep=kept.fileno())
             if b"Address already in use" in line:
                 return False
             self.assertIn(b"LISTENING: ", line)
             for host in hosts:
                 with Wire(socket.create_connection((host, port), LONG)) as wire:
-                    wire.send(GET)
-                    self.assertEqual(wire.message().status, 200)
+                    self.assertEqual(wire.ask(GET).status, 200)
             for host in not_hosts:
-                with self.assertRaises(ConnectionRefusedError):
-                    socket.create_connection((host, port), LONG)
+                self.assertRaises(ConnectionRefusedError, socket.create_connection, (host, port), LONG)
             process.terminate()
             self.assertEqual(process.wait(LONG), 0)
             return True
