@@ -4672,14 +4672,12 @@ class CutAnswers(unittest.TestCase):
             elif path == b"/reset":
                 wire.reset()
 
-        flags = ("-request-timeout", "300ms", *WITH_STATUS)
-        with ScriptedBackend(script) as backend, Proxy(backend.url, *flags) as proxy:
+        with ScriptedBackend(script) as backend, Proxy(backend.url, "-request-timeout", "300ms", *WITH_STATUS) as proxy:
             for number, path in enumerate(("/closed", "/reset", "/chunked", "/silence"), 1):
                 with self.subTest(path), proxy.wire() as wire:
                     wire.send(f"GET {path}?secret HTTP/1.1\r\nHost: h\r\n\r\n".encode())
                     self.assertEqual(wire.head().status, 200)
-                    with self.assertRaises(EOFError):
-                        wire.exactly(1000)
+                    self.assertRaises(EOFError, wire.exactly, 1000)
                     proxy.wait_log(rf"RELAY CUT OFF: GET {path}: \S+")
                     self.assertEqual(metric_of(proxy, "backend_errors_total"), number)
             go_on.set()
@@ -4727,34 +4725,27 @@ def run_burst(test: unittest.TestCase, count: int, choose: Callable[[Chooser], C
 
 
 class Bursts(unittest.TestCase):
-    def test_by_list(self) -> None:
-        for count in (8, 20, 40):
-            with self.subTest(count):
-                run_burst(self, count, Chooser.by_list)
-
-    def test_by_nextid(self) -> None:
-        for count in (8, 20, 40):
-            with self.subTest(count):
-                run_burst(self, count, Chooser.by_nextid)
+    def test_by_list_and_by_nextid(self) -> None:
+        for (name, choose), count in itertools.product(CHOICES.items(), (8, 20, 40)):
+            with self.subTest(name, count=count):
+                run_burst(self, count, choose)
 
 
 class LargeBursts(unittest.TestCase):
-    def test_by_list(self) -> None:
-        run_burst(self, 100, Chooser.by_list)
-
-    def test_by_nextid(self) -> None:
-        run_burst(self, 100, Chooser.by_nextid)
+    def test_by_list_and_by_nextid(self) -> None:
+        for name, choose in CHOICES.items():
+            with self.subTest(name):
+                run_burst(self, 100, choose)
 
 
 class MixedBursts(unittest.TestCase):
     def test_arrivals_one_after_the_other(self) -> None:
         with FakePVE(tls="", clone_seconds=0.1) as pve, Proxy(pve.url) as proxy:
-            arrived = itertools.count(1)
+            choices, chooser = [], Chooser(proxy.port)
             with concurrent.futures.ThreadPoolExecutor(16) as pool:
-                choices = []
                 for number in range(16):
-                    choices.append(pool.submit(Chooser(proxy.port).by_list if number % 2 else Chooser(proxy.port).by_nextid))
-                    proxy.wait_log("CLONE QUEUED", next(arrived))
+                    choices.append(pool.submit(chooser.by_list if number % 2 else chooser.by_nextid))
+                    proxy.wait_log("CLONE QUEUED", number + 1)
             expect_all_cloned(self, pve, [choice.result() for choice in choices])
 
     def test_several_sources_and_ways_to_choose(self) -> None:
@@ -4764,19 +4755,13 @@ class MixedBursts(unittest.TestCase):
             expect_all_cloned(self, pve, choices)
 
     def test_a_locked_source(self) -> None:
-        with FakePVE(tls="") as pve, Proxy(pve.url) as proxy:
+        with FakePVE(tls="") as pve, Proxy(pve.url) as proxy, concurrent.futures.ThreadPoolExecutor(16) as pool:
             pve.locks["9000"] = "backup"
-
-            def choose(index: int) -> Choice:
-                return Chooser(proxy.port, source=9000 + index % 2).by_list()
-
-            with concurrent.futures.ThreadPoolExecutor(16) as pool:
-                choices = [pool.submit(choose, index) for index in range(16)]
-                # Those of the other source go on meanwhile.
-                wait_until(lambda: sum(choice.done() for choice in choices) == 8, "8 of 16")
-                self.assertTrue(all(choice.done() == (index % 2 == 1) for index, choice in enumerate(choices)))
-                with pve.lock:
-                    del pve.locks["9000"]
+            choices = [pool.submit(Chooser(proxy.port, source=9000 + index % 2).by_list) for index in range(16)]
+            # Those of the other source go on meanwhile.
+            wait_until(lambda: sum(choice.done() for choice in choices) == 8, "8 of 16")
+            self.assertTrue(all(choice.done() == (index % 2 == 1) for index, choice in enumerate(choices)))
+            pve.unlock("9000")
             expect_all_cloned(self, pve, [choice.result() for choice in choices])
 
     def test_clones_that_fail(self) -> None:
@@ -4788,8 +4773,7 @@ class MixedBursts(unittest.TestCase):
             self.assertEqual((len(pve.tasks), pve.most_at_once), (12, 1))
 
     def test_who_never_tries_again_is_answered_soon(self) -> None:
-        constants = "program.RETURN_SECONDS = 0.3"
-        with FakePVE(tls="") as pve, Proxy(pve.url, constants=constants) as proxy:
+        with FakePVE(tls="") as pve, Proxy(pve.url, constants="program.RETURN_SECONDS = 0.3") as proxy:
             begin = time.monotonic()
             choices = at_once(40, lambda _: Chooser(proxy.port, tries=1).by_list())
             # By ones it would take 12 s, and by ones, twos, fours a seventh of that.
@@ -4801,13 +4785,12 @@ class MixedBursts(unittest.TestCase):
 
     def test_as_it_is_shipped_they_are_answered_within_a_few_seconds(self) -> None:
         with FakePVE(tls="", clone_seconds=ENDLESS) as pve, Proxy(pve.url) as proxy:
-            wires = queue_up(proxy, *(clone_request(201) for _ in range(8)))
+            first, *taken = queue_up(proxy, *[clone_request(201)] * 8)
             begin = time.monotonic()
-            answers = [wire.message() for wire in wires[1:]]
+            answers = {wire.message().first for wire in taken}
             self.assertLess(time.monotonic() - begin, 6, "one, two and four of them, a second apart")
-            self.assertEqual({answer.first for answer in answers}, {b"HTTP/1.1 500 CT 201 already exists on node 'pve'"})
-            pve.finish()
-            self.assertEqual(wires[0].message().status, 200)
+            self.assertEqual(answers, {b"HTTP/1.1 500 CT 201 already exists on node 'pve'"})
+            finish(pve, first)
             self.assertEqual(len(pve.clones), 1)
 
 
@@ -4822,114 +4805,105 @@ class TakenVmids(unittest.TestCase):
     def proxy(self, *flags: str, constants: str = PATIENT) -> Proxy:
         return self.enterContext(Proxy(self.pve.url, *WITH_STATUS, *flags, constants=constants))
 
+    def collide(self, proxy: Proxy, count: int) -> list[Wire]:
+        """So many clones of one number, the second of which was refused: the one that runs, and the others."""
+        first, refused, *taken = queue_up(proxy, *[clone_request(201)] * count)
+        self.expect_taken(refused)
+        return [first, *taken]
+
+    def expect_taken(self, *wires: Wire) -> None:
+        self.assertEqual([wire.message().first for wire in wires], [self.TAKEN] * len(wires))
+
+    def expect_clones(self, *newids: str) -> None:
+        """What PVE has heard of."""
+        self.assertEqual([record.newid for record in self.pve.clones], list(newids))
+
     def stages(self, proxy: Proxy) -> list[tuple[str, str]]:
         """Numbers and stages of those that wait."""
         return [(job["newid"], job["stage"]) for job in snapshot_of(proxy)["waiting"]]
 
     def test_they_are_refused_one_at_a_time_as_their_clients_come_back(self) -> None:
         proxy = self.proxy()
-        first, second, third, fourth = queue_up(proxy, *[clone_request(201)] * 4)
-        self.assertEqual(second.message().first, self.TAKEN)
+        first, third, fourth = self.collide(proxy, 4)
         self.assertEqual(self.stages(proxy), [("201", "taken")] * 2)
         back = queue_up(proxy, clone_request(202))[0]
         self.assertEqual(self.stages(proxy), [("201", "taken")] * 2 + [("202", "waiting")], "it is not accepted yet")
-        self.pve.finish(ENDLESS)
-        self.assertEqual(first.message().status, 200)
-        self.assertEqual(third.message().first, self.TAKEN, "it is now, and runs")
-        self.assertEqual(self.stages(proxy), [("201", "taken")])
+        finish(self.pve, first, then=ENDLESS)
+        self.expect_taken(third)
+        self.assertEqual(self.stages(proxy), [("201", "taken")], "it is now, and runs")
         back_too = queue_up(proxy, clone_request(203))[0]
-        self.pve.finish(ENDLESS)
-        self.assertEqual(fourth.message().first, self.TAKEN)
-        self.pve.finish()
-        self.assertEqual([wire.message().status for wire in (back, back_too)], [200, 200])
-        self.assertEqual([record.newid for record in self.pve.clones], ["201", "202", "203"])
+        finish(self.pve, back, then=ENDLESS)
+        self.expect_taken(fourth)
+        finish(self.pve, back_too)
+        self.expect_clones("201", "202", "203")
 
     def test_who_is_back_overtakes_those_that_were_there(self) -> None:
         proxy = self.proxy()
         first, other = queue_up(proxy, clone_request(200, 9001), clone_request(202))
         self.pve.wait_for_clones(1)
         ahead, refused, another = queue_up(proxy, *map(clone_request, (201, 201, 203)))
-        self.pve.finish(ENDLESS)
+        finish(self.pve, first, then=ENDLESS)
         self.pve.wait_for_clones(2)
-        self.pve.finish(ENDLESS)
-        self.assertEqual(refused.message().first, self.TAKEN)
+        finish(self.pve, other, then=ENDLESS)
+        self.expect_taken(refused)
         back = queue_up(proxy, clone_request(204))[0]
-        self.pve.finish()
-        self.assertEqual([wire.message().status for wire in (first, other, ahead, another, back)], [200] * 5)
-        self.assertEqual([record.newid for record in self.pve.clones], ["200", "202", "201", "204", "203"])
-
-    def test_who_does_not_come_back_does_not_hold_up_the_rest(self) -> None:
-        proxy = self.proxy(constants="program.RETURN_SECONDS = 0.2")
-        first, *taken = queue_up(proxy, *[clone_request(201)] * 8)
-        self.assertEqual({wire.message().first for wire in taken}, {self.TAKEN})
-        self.pve.finish()
-        self.assertEqual(first.message().status, 200)
+        finish(self.pve, ahead, another, back)
+        self.expect_clones("200", "202", "201", "204", "203")
 
     def test_an_arrival_begins_with_one_again(self) -> None:
         proxy = self.proxy(constants="program.RETURN_SECONDS = 1.5")
         first, *taken = queue_up(proxy, *[clone_request(201)] * 7)
         proxy.wait_log("CLONE FAILED", 3)
-        wires = [first, *queue_up(proxy, clone_request(202))]
+        back = queue_up(proxy, clone_request(202))[0]
         refused = len(proxy.lines("CLONE FAILED"))
         self.pve.finish()
         proxy.wait_log("CLONE FAILED", refused + 1)
         snapshot_of(proxy)
         self.assertEqual(len(proxy.lines("CLONE FAILED")), refused + 1)
-        self.assertEqual({wire.message().first for wire in taken}, {self.TAKEN})
-        self.assertEqual([wire.message().status for wire in wires], [200, 200])
+        self.expect_taken(*taken)
+        expect_cloned(first, back)
 
-    def test_a_returned_client_that_leaves_ends_or_is_locked_does_not_either(self) -> None:
+    def test_a_returned_client_that_leaves_ends_or_is_locked_does_not_hold_up_the_rest(self) -> None:
         self.pve.locks["9001"] = "backup"
         proxy = self.proxy("-lock-timeout", "1h")
-        first, second, third, fourth, fifth = queue_up(proxy, *[clone_request(201)] * 5)
-        self.assertEqual(second.message().first, self.TAKEN)
+        first, third, fourth, fifth = self.collide(proxy, 5)
         queue_up(proxy, clone_request(202))[0].close()
-        self.assertEqual(third.message().first, self.TAKEN, "it left")
+        self.expect_taken(third)  # the one that is back left
         locked = queue_up(proxy, clone_request(203, 9001))[0]
-        self.pve.finish(ENDLESS)
-        self.assertEqual(first.message().status, 200)
-        self.assertEqual(fourth.message().first, self.TAKEN, "its source is locked")
-        failed = queue_up(proxy, clone_request(204, 777))[0]
-        self.assertEqual(failed.message().status, 500)
-        self.assertEqual(fifth.message().first, self.TAKEN, "PVE refused it")
-        with self.pve.lock:
-            self.pve.clone_seconds = 0.05
-            del self.pve.locks["9001"]
-        self.assertEqual(locked.message().status, 200)
+        finish(self.pve, first, then=ENDLESS)
+        self.expect_taken(fourth)  # its source is locked
+        self.assertEqual(proxy.clone(204, 777).status, 500)
+        self.expect_taken(fifth)  # PVE refused it
+        self.pve.clone_seconds = 0.05
+        self.pve.unlock("9001")
+        expect_cloned(locked)
 
     def test_a_returned_client_with_a_taken_number_waits_its_turn(self) -> None:
         proxy = self.proxy(constants="program.RETURN_SECONDS = 0.3")
-        first, second = queue_up(proxy, *[clone_request(201)] * 2)
-        self.assertEqual(second.message().first, self.TAKEN)
-        again = queue_up(proxy, *[clone_request(201)] * 3)
-        self.assertEqual({wire.message().first for wire in again}, {self.TAKEN})
-        self.pve.finish()
-        self.assertEqual(first.message().status, 200)
+        first = self.collide(proxy, 2)[0]
+        self.expect_taken(*queue_up(proxy, *[clone_request(201)] * 3))
+        finish(self.pve, first)
 
     def test_where_the_first_fails_the_oldest_that_still_waits_gets_the_number(self) -> None:
         self.pve.exits.append("clone failed: disk full")
         proxy = self.proxy()
-        first, refused, third, fourth = queue_up(proxy, *[clone_request(201)] * 4)
-        self.assertEqual(refused.message().first, self.TAKEN)
-        self.pve.finish(ENDLESS)
-        self.assertEqual(first.message().status, 200)
+        first, third, fourth = self.collide(proxy, 4)
+        finish(self.pve, first, then=ENDLESS)
         self.pve.wait_for_clones(2)
         proxy.wait_log("CLONE TASK", 2)
         self.assertEqual(self.stages(proxy), [("201", "taken")])
         back = queue_up(proxy, clone_request(202))[0]
-        self.pve.finish()
-        self.assertEqual((third.message().status, back.message().status), (200, 200))
-        self.assertEqual(fourth.message().first, self.TAKEN)
-        self.assertEqual([record.newid for record in self.pve.clones], ["201", "201", "202"])
+        finish(self.pve, third, back)
+        self.expect_taken(fourth)
+        self.expect_clones("201", "201", "202")
         self.assertIn("201", self.pve.guests)
 
     def test_where_it_failed_from_contention_they_are_free_too(self) -> None:
         self.pve.exits.append("clone failed: cfs-lock 'storage-x' error: got lock request timeout")
         proxy = self.proxy(constants="program.RETURN_SECONDS = 0.5")
         first, refused, other = queue_up(proxy, clone_request(201), clone_request(201), clone_request(201, 9001))
-        self.assertEqual(refused.message().first, self.TAKEN)
-        self.pve.finish()
-        self.assertEqual(other.message().status, 200, "its source is not held")
+        self.expect_taken(refused)
+        finish(self.pve, other)  # its source is not held
         self.assertEqual(first.message().status, 500)
         self.assertEqual(sum(record.upid != "" for record in self.pve.clones), 2)
 
@@ -4943,9 +4917,7 @@ class TakenVmids(unittest.TestCase):
         self.assertEqual(len(self.pve.clones), 6)
         # Nor does it matter that another clone runs.
         self.pve.clone_seconds = ENDLESS
-        wires = queue_up(proxy, clone_request(202), clone_request(201))
-        self.pve.finish()
-        self.assertEqual([wire.message().status for wire in wires], [200, 200])
+        finish(self.pve, *queue_up(proxy, clone_request(202), clone_request(201)))
         self.assertEqual(proxy.lines(r"\(taken\)"), [])
 
     def test_live_clients_never_get_one_success(self) -> None:
@@ -4958,52 +4930,42 @@ class TakenVmids(unittest.TestCase):
 
     def test_they_keep_their_places_in_the_queue_and_count_as_waiting(self) -> None:
         proxy = self.proxy("-queue-size", "3")
-        first, refused, *taken = queue_up(proxy, *[clone_request(201)] * 4)
-        self.assertEqual(refused.message().first, self.TAKEN)
-        taken += queue_up(proxy, clone_request(202))
+        first, *taken = self.collide(proxy, 4)
+        other = queue_up(proxy, clone_request(202))[0]
         self.assertEqual(metric_of(proxy, "queued"), 3)
         self.assertEqual(self.stages(proxy), [("201", "taken")] * 2 + [("202", "waiting")])
         answer = proxy.clone(203)
         self.assertEqual((answer.status, answer.get("retry-after")), (503, b"10"))
-        self.pve.finish(ENDLESS)
-        self.assertEqual((first.message().status, taken[0].message().first), (200, self.TAKEN))
+        finish(self.pve, first, then=ENDLESS)
+        self.expect_taken(taken[0])
         back = queue_up(proxy, clone_request(203))[0]
-        self.pve.finish()
-        self.assertEqual([taken[2].message().status, back.message().status], [200, 200])
-        self.assertEqual(taken[1].message().first, self.TAKEN)
+        finish(self.pve, other, back)
+        self.expect_taken(taken[1])
 
     def test_it_is_said_and_counted(self) -> None:
         proxy = self.proxy()
         first, refused = queue_up(proxy, clone_request(201), clone_request(201))
         answer = refused.message()
-        self.assertEqual(answer.first, self.TAKEN)
-        self.assertEqual(answer.get("content-type"), b"application/json;charset=UTF-8")
+        self.assertEqual((answer.first, answer.get("content-type")), (self.TAKEN, b"application/json;charset=UTF-8"))
         content = json.loads(answer.body)
         self.assertEqual((content["data"], content["message"].strip()), (None, "CT 201 already exists on node 'pve'"))
         proxy.wait_log(r"CLONE FAILED: node=pve vmid=9000 newid=201 status=500 CT 201 already exists on node 'pve' .*\btaken\b")
-        self.assertEqual(metric_of(proxy, 'clones_total{outcome="taken"}'), 1)
-        self.assertEqual(metric_of(proxy, 'clones_total{outcome="failed"}'), 0)
+        self.assertEqual([metric_of(proxy, f'clones_total{{outcome="{outcome}"}}') for outcome in ("taken", "failed")], [1, 0])
         status = snapshot_of(proxy)
         self.assertEqual((status["totals"]["taken"], status["history"][0]["outcome"]), (1, "taken"))
-        self.pve.finish()
-        self.assertEqual(first.message().status, 200)
+        finish(self.pve, first)
 
     def test_at_a_shutdown_they_are_answered_like_all_that_wait(self) -> None:
         proxy = self.proxy()
-        first, refused, *taken = queue_up(proxy, *[clone_request(201)] * 4)
-        self.assertEqual(refused.message().first, self.TAKEN)
+        first, *taken = self.collide(proxy, 4)
         proxy.process.terminate()
-        for wire in taken:
-            answer = wire.message()
-            self.assertEqual((answer.status, answer.get("retry-after")), (503, b"5"))
-        self.pve.finish()
-        self.assertEqual(first.message().status, 200)
+        expect_shutting_down(*taken)
+        finish(self.pve, first)
         self.assertEqual(proxy.stop(0), 0)
 
     def test_one_whose_client_left_can_be_taken_over_or_is_dropped(self) -> None:
         proxy = self.proxy()
-        first, refused, leaver, dropped = queue_up(proxy, *[clone_request(201)] * 4)
-        self.assertEqual(refused.message().first, self.TAKEN)
+        first, leaver, dropped = self.collide(proxy, 4)
         leaver.close()
         proxy.wait_log(r"CLONE ABANDONED: .*newid=201 \(taken\)")
         back = bring(proxy, clone_request(201))[0]
@@ -5012,10 +4974,9 @@ class TakenVmids(unittest.TestCase):
         dropped.close()
         proxy.wait_log("CLONE ABANDONED", 2)
         other = queue_up(proxy, clone_request(202))[0]
-        self.pve.finish(ENDLESS)
-        self.assertEqual((first.message().status, back.message().first), (200, self.TAKEN))
-        self.pve.finish()
-        self.assertEqual(other.message().status, 200)
+        finish(self.pve, first, then=ENDLESS)
+        self.expect_taken(back)
+        finish(self.pve, other)
         proxy.wait_log("CLONE DROPPED: .*newid=201")
         self.assertEqual((len(self.pve.clones), metric_of(proxy, 'clones_total{outcome="taken"}')), (2, 2))
 
@@ -5025,45 +4986,41 @@ class TakenVmids(unittest.TestCase):
         held = queue_up(proxy, clone_request(201, 9001))[0]
         proxy.wait_log("CLONE LOCKED: node=pve vmid=9001")
         first = queue_up(proxy, clone_request(201))[0]
-        self.assertEqual(held.message().first, self.TAKEN, "the lock need not be waited for")
-        self.pve.finish()
-        self.assertEqual(first.message().status, 200)
+        self.expect_taken(held)  # the lock need not be waited for
+        finish(self.pve, first)
 
     def test_texts_of_containers_and_vms(self) -> None:
         proxy = self.proxy("-qemu")
         paths = {kind: f"/api2/json/nodes/pve/{kind}/{source}/clone" for kind, source in ((CT, 9000), (VM, 8000))}
         for number, (taker, kind, text) in enumerate([
-            (CT, CT, "CT {} already exists on node 'pve'"),
-            (VM, CT, "VM {} already exists on node 'pve'"),
-            (CT, VM, "CT {} already exists on node 'pve'"),
-            (VM, VM, "unable to create VM {}: config file already exists"),
+            (CT, CT, b"CT 201 already exists on node 'pve'"),
+            (VM, CT, b"VM 202 already exists on node 'pve'"),
+            (CT, VM, b"CT 203 already exists on node 'pve'"),
+            (VM, VM, b"unable to create VM 204: config file already exists"),
         ], 201):  # fmt: skip
             with self.subTest(taker=taker, kind=kind):
                 first, refused = queue_up(proxy, *(clone_request(number, path=paths[which]) for which in (taker, kind)))
-                self.assertEqual(refused.message().first.decode(), f"HTTP/1.1 500 {text.format(number)}")
-                self.pve.finish(ENDLESS)
-                self.assertEqual(first.message().status, 200)
+                self.assertEqual(refused.message().first, b"HTTP/1.1 500 " + text)
+                finish(self.pve, first, then=ENDLESS)
                 if (taker, kind) != (CT, VM):  # there PVE finds out in the task
-                    self.assertEqual(proxy.clone(number, path=paths[kind]).first.decode(), f"HTTP/1.1 500 {text.format(number)}")
+                    self.assertEqual(proxy.clone(number, path=paths[kind]).first, b"HTTP/1.1 500 " + text)
         self.assertEqual(metric_of(proxy, 'clones_total{outcome="taken"}'), 4)
 
     def test_the_node_is_that_of_the_upid(self) -> None:
         self.pve.remote = True
-        proxy = self.proxy()
         path = "/api2/json/nodes/localhost/lxc/9000/clone"
-        first, refused = queue_up(proxy, *[clone_request(201, path=path)] * 2)
+        first, refused = queue_up(self.proxy(), *[clone_request(201, path=path)] * 2)
         self.assertEqual(refused.message().first, b"HTTP/1.1 500 CT 201 already exists on node 'pve2'")
-        self.pve.finish()
-        self.assertEqual(first.message().status, 200)
+        finish(self.pve, first)
 
     def test_the_number_is_read_as_pve_reads_it(self) -> None:
         proxy = self.proxy(constants="program.RETURN_SECONDS = 0.1")
         first, *taken = queue_up(proxy, clone_request(201), clone_request("0201"), clone_request("201=5"),
                                  clone_request("999", path="/api2/json/nodes/pve/lxc/9000/clone?newid=201"))  # fmt: skip
-        none = queue_up(proxy, clone_request("x"), clone_request("201&newid=201"), clone_request("2010"))
+        none = queue_up(proxy, *map(clone_request, ("x", "201&newid=201", "2010")))
         self.pve.finish()
         self.assertEqual([wire.message().status for wire in (first, *none)], [200, 400, 403, 200])
-        self.assertEqual([wire.message().first for wire in taken], [self.TAKEN] * 3)
+        self.expect_taken(*taken)
         self.assertEqual(len(self.pve.clones), 4, "of those taken PVE never heard")
 
 
@@ -5071,226 +5028,214 @@ class ReservedVmids(unittest.TestCase):
     """`-reserve-nextid` gives a number to one client alone."""
 
     PATH = "/api2/json/cluster/nextid"
+    WRONG_TOKEN = TOKEN.replace("secret", "wrong")
 
     def setUp(self) -> None:
         self.pve = self.enterContext(FakePVE(tls="", auth_delay=0.0))
+        self.proxy = self.start("-reserve-nextid", "1m")
 
-    def proxy(self, *flags: str) -> Proxy:
+    def start(self, *flags: str) -> Proxy:
         return self.enterContext(Proxy(self.pve.url, *WITH_STATUS, *flags))
 
-    def ask(self, port: int, target: str, token: str = TOKEN, address: str = "127.0.0.1") -> Message:
-        """The answer of a port, be it PVE's or the proxy's, to a GET."""
-        with Wire(socket.create_connection(("127.0.0.1", port), LONG, (address, 0))) as wire:
-            wire.send(f"GET {target} HTTP/1.1\r\nHost: h\r\nAuthorization: {token}\r\n\r\n".encode())
-            return wire.message()
+    def ask(self, query: str = "", token: str = TOKEN, address: str = "127.0.0.1", path: str = PATH, port: int = 0) -> Message:
+        """The answer of a port, if it isn't the proxy's, to a GET."""
+        with Wire(socket.create_connection(("127.0.0.1", port or self.proxy.port), LONG, (address, 0))) as wire:
+            return wire.ask(f"GET {path}{query} HTTP/1.1\r\nHost: h\r\nAuthorization: {token}\r\n\r\n".encode())
 
-    def number(self, proxy: Proxy, token: str = TOKEN, address: str = "127.0.0.1") -> int:
+    def number(self, query: str = "", **more: Any) -> int:
         """A free number."""
-        return int(json.loads(self.ask(proxy.port, self.PATH, token, address).body)["data"])
+        return int(json.loads(self.ask(query, **more).body)["data"])
 
-    def probe(self, proxy: Proxy, number: object, token: str = TOKEN, address: str = "127.0.0.1") -> int:
+    def probe(self, number: object, token: str = TOKEN, address: str = "127.0.0.1") -> int:
         """The status of the answer to whether a number is free."""
-        return self.ask(proxy.port, f"{self.PATH}?vmid={number}", token, address).status
+        return self.ask(f"?vmid={number}", token, address).status
 
-    def expect_pves_own(self, proxy: Proxy, target: str, *framing: bytes, token: str = TOKEN) -> None:
+    def let_fail(self, fault: str) -> None:
+        """What PVE does from now on."""
+        self.pve.random_fault = lambda kind: fault
+
+    def expect_pves_own(self, query: str, *framing: bytes, **more: Any) -> None:
         """The proxy's answers must be PVE's, byte by byte, but for the connection's own fields and those that frame it."""
         own = (b"connection", b"date", *framing)
-        answers = [self.ask(port, target, token) for port in (self.pve.port, proxy.port, proxy.port)]
+        answers = [self.ask(query, port=port, **more) for port in (self.pve.port, self.proxy.port, self.proxy.port)]
         fields = [[field for field in answer.fields if field[0].lower() not in own] for answer in answers]
         comparable = [(answer.first, fields, answer.body) for answer, fields in zip(answers, fields, strict=True)]
-        self.assertEqual(comparable[1:], [comparable[0]] * 2, target)
+        self.assertEqual(comparable[1:], [comparable[0]] * 2, query)
 
     def test_without_the_flag_no_byte_changes(self) -> None:
         for flags in ((), ("-reserve-nextid", "0")):
-            proxy = self.proxy(*flags)
+            self.proxy = self.start(*flags)
             for query in ("", "?", "?vmid=100", "?vmid=9000", "?vmid=x", "?vmid=100&vmid=101", "?vmid=7", "?x=1;vmid=9000"):
-                self.expect_pves_own(proxy, self.PATH + query)
-                self.expect_pves_own(proxy, self.PATH + query, token="PVEAPIToken=root@pam!ci=wrong")
+                self.expect_pves_own(query)
+                self.expect_pves_own(query, token=self.WRONG_TOKEN)
 
     def test_with_it_refusals_and_the_gui_get_pves_own(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
         for query in ("", "?vmid=100", "?vmid=9000"):
             # Of an empty body PVE doesn't say the length.
-            self.expect_pves_own(proxy, self.PATH + query, b"content-length", token="PVEAPIToken=root@pam!ci=wrong")
-            self.expect_pves_own(proxy, self.PATH.replace("json", "extjs") + query)
+            self.expect_pves_own(query, b"content-length", token=self.WRONG_TOKEN)
+            self.expect_pves_own(query, path=self.PATH.replace("json", "extjs"))
         for query in ("?vmid=9000", "?vmid=x", "?vmid=7", "?vmid=", "?vmid=100&vmid=101"):
-            self.expect_pves_own(proxy, self.PATH + query)
-        self.pve.random_fault = lambda kind: "403 Permission check failed"
+            self.expect_pves_own(query)
+        self.let_fail("403 Permission check failed")
         for query in ("", "?vmid=100"):
-            self.expect_pves_own(proxy, self.PATH + query)
-        self.pve.random_fault = lambda kind: ""
-        self.assertEqual([self.number(proxy), self.probe(proxy, 101)], [100, 200], "nothing of that has reserved a number")
+            self.expect_pves_own(query)
+        self.let_fail("")
+        self.assertEqual([self.number(), self.probe(101)], [100, 200], "nothing of that has reserved a number")
 
     def test_a_number_is_handed_out_once(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
-        self.assertEqual([self.number(proxy), self.number(proxy), self.number(proxy, OTHER_TOKEN)], [100, 101, 102])
-        self.assertEqual([self.probe(proxy, 103), self.probe(proxy, 103), self.probe(proxy, 103, OTHER_TOKEN)], [200, 400, 400])
-        self.assertEqual(self.number(proxy), 104)
+        self.assertEqual([self.number(), self.number(), self.number(token=OTHER_TOKEN)], [100, 101, 102])
+        self.assertEqual([self.probe(103), self.probe(103), self.probe(103, OTHER_TOKEN)], [200, 400, 400])
+        self.assertEqual(self.number(), 104)
 
     def test_who_cannot_log_in_changes_no_reservation(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
-        wrong = TOKEN.replace("secret", "wrong")
-        self.assertEqual(self.number(proxy), 100)
-        self.assertEqual([self.probe(proxy, 100, wrong), self.probe(proxy, 101, wrong)], [401, 401])
-        self.assertEqual([self.probe(proxy, 100, OTHER_TOKEN), self.probe(proxy, 100)], [400, 200], "still its owner's")
-        self.assertEqual(self.probe(proxy, 101, OTHER_TOKEN), 200, "nobody's")
+        self.assertEqual(self.number(), 100)
+        self.assertEqual([self.probe(100, self.WRONG_TOKEN), self.probe(101, self.WRONG_TOKEN)], [401, 401])
+        self.assertEqual([self.probe(100, OTHER_TOKEN), self.probe(100)], [400, 200], "still its owner's")
+        self.assertEqual(self.probe(101, OTHER_TOKEN), 200, "nobody's")
 
     def test_looking_for_a_number_ends_when_pve_refuses(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
-        self.assertEqual(self.number(proxy), 100)
+        self.assertEqual(self.number(), 100)
         faults = collections.deque(["", "403 Permission check failed"])
         self.pve.random_fault = lambda kind: faults.popleft() if faults else ""
-        self.assertEqual(self.ask(proxy.port, self.PATH).first, b"HTTP/1.1 403 Permission check failed")
-        self.assertEqual((len(faults), self.number(proxy)), (0, 101))
+        self.assertEqual(self.ask().first, b"HTTP/1.1 403 Permission check failed")
+        self.assertEqual((len(faults), self.number()), (0, 101))
 
     def test_a_spoken_for_number_is_answered_like_a_taken_one(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
-        self.assertEqual(self.probe(proxy, 100), 200)
-        answer, pves = self.ask(proxy.port, f"{self.PATH}?vmid=100"), self.ask(self.pve.port, f"{self.PATH}?vmid=9000")
+        self.assertEqual(self.probe(100), 200)
+        answer, pves = self.ask("?vmid=100"), self.ask("?vmid=9000", port=self.pve.port)
         self.assertEqual((answer.first, answer.get("content-type")), (pves.first, pves.get("content-type")))
         self.assertEqual(json.loads(answer.body), json.loads(pves.body.replace(b"9000", b"100")))
         self.assertEqual(json.loads(answer.body)["errors"], {"vmid": "VM 100 already exists"})
 
     def test_its_owner_may_make_sure_of_it_once(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
-        self.assertEqual(self.number(proxy), 100)
-        self.assertEqual(self.probe(proxy, 100, OTHER_TOKEN), 400)
-        self.assertEqual(self.probe(proxy, 100, address="127.0.0.2"), 400)
-        self.assertEqual([self.probe(proxy, 100), self.probe(proxy, 100)], [200, 400])
+        self.assertEqual(self.number(), 100)
+        self.assertEqual([self.probe(100, OTHER_TOKEN), self.probe(100, TOKEN, "127.0.0.2")], [400, 400])
+        self.assertEqual([self.probe(100), self.probe(100)], [200, 400])
         cookie = "Cookie: PVEAuthCookie=PVE:{}:good"
-        answers = [proxy.get(f"{self.PATH}{query}", cookie.format(user)) for user, query in
+        answers = [self.proxy.get(f"{self.PATH}{query}", cookie.format(user)) for user, query in
                    [("a@pve", ""), ("b@pve", "?vmid=101"), ("a@pve", "?vmid=101"), ("a@pve", "?vmid=101")]]  # fmt: skip
         self.assertEqual([answer.status for answer in answers], [200, 400, 200, 400])
 
     def test_clones_that_wait_or_run_speak_for_their_numbers(self) -> None:
         self.pve.clone_seconds = ENDLESS
-        proxy = self.proxy("-reserve-nextid", "1m")
-        wires = queue_up(proxy, clone_request(100), clone_request("0101"))
+        wires = queue_up(self.proxy, clone_request(100), clone_request("0101"))
         self.pve.wait_for_clones(1)
-        self.assertEqual((self.number(proxy), self.probe(proxy, 101)), (102, 400))
-        self.pve.finish()
-        self.assertEqual([wire.message().status for wire in wires], [200, 200])
+        self.assertEqual((self.number(), self.probe(101)), (102, 400))
+        finish(self.pve, *wires)
 
     def test_it_ends_when_a_clone_with_the_number_is_accepted(self) -> None:
         self.pve.clone_seconds = ENDLESS
-        proxy = self.proxy("-reserve-nextid", "1h")
-        self.assertEqual([self.number(proxy), self.number(proxy)], [100, 101])
-        wire = queue_up(proxy, clone_request("0100"))[0]
-        proxy.wait_log("CLONE TASK")
-        self.pve.finish()
-        self.assertEqual(wire.message().status, 200)
+        self.assertEqual([self.number(), self.number()], [100, 101])
+        wire = queue_up(self.proxy, clone_request("0100"))[0]
+        self.proxy.wait_log("CLONE TASK")
+        finish(self.pve, wire)
         self.pve.destroy("100")
-        self.assertEqual([self.number(proxy), self.number(proxy)], [100, 102])
+        self.assertEqual([self.number(), self.number()], [100, 102])
         self.pve.locks["9000"] = "backup"
-        self.assertEqual(self.enterContext(Proxy(self.pve.url, "-lock-timeout", "0")).clone(101).status, 500)
-        self.assertEqual(self.probe(proxy, 101, OTHER_TOKEN), 400, "a refused clone does not end it")
+        self.assertEqual(self.start("-lock-timeout", "0").clone(101).status, 500)
+        self.assertEqual(self.probe(101, OTHER_TOKEN), 400, "a refused clone does not end it")
 
     def test_it_ends_after_its_time(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "500ms")
+        self.proxy = self.start("-reserve-nextid", "500ms")
         begin = time.monotonic()
-        self.assertEqual(self.number(proxy), 100)
-        wait_until(lambda: self.probe(proxy, 100, OTHER_TOKEN) == 200)
+        self.assertEqual(self.number(), 100)
+        wait_until(lambda: self.probe(100, OTHER_TOKEN) == 200)
         self.assertGreater(time.monotonic() - begin, 0.5)
-        wait_until(lambda: self.number(proxy) == 100)
+        wait_until(lambda: self.number() == 100)
 
     def test_vmid_and_path_are_read_as_pve_reads_them(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
-        self.assertEqual(self.number(proxy, OTHER_TOKEN), 100)
-        for target in ("?vmid=0100", "?vmid=100=7", "?a=1;vmid=100", "?%76mid=1%300", "/?vmid=100", "?vmid&vmid=100"):
-            with self.subTest(target):
-                self.assertEqual(self.ask(proxy.port, self.PATH + target).status, 400)
+        self.assertEqual(self.number(token=OTHER_TOKEN), 100)
+        for query in ("?vmid=0100", "?vmid=100=7", "?a=1;vmid=100", "?%76mid=1%300", "/?vmid=100", "?vmid&vmid=100"):
+            with self.subTest(query):
+                self.assertEqual(self.ask(query).status, 400)
         for number, path in enumerate(("/api2/json//cluster/next%69d", "/api2/json/cluster%2Fnextid/", self.PATH + "?x=1"), 101):
             with self.subTest(path):
-                self.assertEqual(json.loads(self.ask(proxy.port, path).body)["data"], str(number))
-        self.assertEqual(json.loads(self.ask(proxy.port, self.PATH + "?vmid=0104").body)["data"], "104")
-        self.assertEqual(self.probe(proxy, 104, OTHER_TOKEN), 400)
+                self.assertEqual(self.number(path=path), number)
+        self.assertEqual(self.number("?vmid=0104"), 104)
+        self.assertEqual(self.probe(104, OTHER_TOKEN), 400)
 
     def test_a_vmid_without_a_value_is_none(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
-        numbers = [json.loads(self.ask(proxy.port, f"{self.PATH}{query}").body)["data"] for query in ("?vmid", "?vmid", "")]
-        self.assertEqual(numbers, ["100", "101", "102"])
+        self.assertEqual([self.number("?vmid"), self.number("?vmid"), self.number()], [100, 101, 102])
 
     def test_it_asks_for_no_more_than_a_hundred_others(self) -> None:
-        with self.pve.lock:
-            self.pve.guests.update(str(number) for number in range(101, 205))
-        proxy = self.proxy("-reserve-nextid", "1m")
-        self.assertEqual(self.number(proxy), 100)
+        self.pve.guests.update(map(str, range(101, 205)))
+        self.assertEqual(self.number(), 100)
         asked = self.pve.requests
-        self.assertEqual(self.number(proxy), 100, "PVE's first answer")
+        self.assertEqual(self.number(), 100, "PVE's first answer")
         self.assertEqual(self.pve.requests - asked, 101)
-        with self.pve.lock:
-            self.pve.guests.discard("150")
-        self.assertEqual(self.number(proxy), 150)
-        self.assertEqual(self.probe(proxy, 151, OTHER_TOKEN), 400, "PVE says so")
+        self.pve.destroy("150")
+        self.assertEqual(self.number(), 150)
+        self.assertEqual(self.probe(151, OTHER_TOKEN), 400, "PVE says so")
 
     def test_other_guests_are_asked_for_with_the_clients_own_credentials(self) -> None:
-        seen: list[tuple[str, ...]] = []
-
         def script(wire: Wire) -> None:
             while True:
-                request = backend.request(wire)
-                seen.append((request.first.decode().split()[1], (request.get("authorization") or b"").decode()))
-                body = b'{"data":"100"}' if b"?" not in request.first else b'{"data":"101"}'
-                wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n" + body)
+                number = b"101" if b"?" in backend.request(wire).first else b"100"
+                wire.send(b'HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"data":"%b"}' % number)
 
-        with ScriptedBackend(script) as backend, Proxy(backend.url, "-reserve-nextid", "1m") as proxy:
-            numbers = [self.number(proxy), self.number(proxy, OTHER_TOKEN)]
-        self.assertEqual(numbers, [100, 101])
-        self.assertEqual(seen, [(self.PATH, TOKEN), (self.PATH, OTHER_TOKEN), (self.PATH + "?vmid=101", OTHER_TOKEN)])
+        with ScriptedBackend(script) as backend, Proxy(backend.url, "-reserve-nextid", "1m") as self.proxy:
+            self.assertEqual([self.number(), self.number(token=OTHER_TOKEN)], [100, 101])
+            seen = [(request.first.decode().split()[1], request.get("authorization")) for request in backend.requests]
+        own, others = TOKEN.encode(), OTHER_TOKEN.encode()
+        self.assertEqual(seen, [(self.PATH, own), (self.PATH, others), (self.PATH + "?vmid=101", others)])
 
     def test_pve_that_does_not_answer_reserves_nothing(self) -> None:
-        proxy = self.proxy("-reserve-nextid", "1m")
         for number, fault in enumerate(("reset", "close", "garbage", "500 oops", "595 Connection refused"), 100):
             with self.subTest(fault):
-                self.pve.random_fault = lambda kind, fault=fault: fault  # type: ignore[misc]
-                statuses = {self.ask(proxy.port, self.PATH).status, self.probe(proxy, number)}
-                self.assertEqual(statuses, {int(fault[:3]) if fault[0] == "5" else 502})
-                self.pve.random_fault = lambda kind: ""
-                self.assertEqual(self.probe(proxy, number, OTHER_TOKEN), 200)
+                self.let_fail(fault)
+                self.assertEqual({self.ask().status, self.probe(number)}, {int(fault[:3]) if fault[0] == "5" else 502})
+                self.let_fail("")
+                self.assertEqual(self.probe(number, OTHER_TOKEN), 200)
         for fault in ("json:nonsense", 'json:{"data":null}', 'json:{"data":"12"}', 'json:{"data":["100"]}', "json:[]"):
             with self.subTest(fault):
-                self.pve.random_fault = lambda kind, fault=fault: fault  # type: ignore[misc]
-                self.assertEqual(self.ask(proxy.port, self.PATH).body.decode(), fault[5:])
-        self.assertGreater(metric_of(proxy, "backend_errors_total"), 0)
-
-
-def run_reserved_burst(test: unittest.TestCase, choose: Callable[[int, int], Choice]) -> list[Choice]:
-    """40 clients, told their port and index, get a container each."""
-    with FakePVE(tls="", clone_seconds=0.02) as pve, Proxy(pve.url, "-reserve-nextid", "1m") as proxy:
-        choices = at_once(40, lambda index: choose(proxy.port, index))
-        expect_all_cloned(test, pve, choices)
-        return choices
+                self.let_fail(fault)
+                self.assertEqual(self.ask().body.decode(), fault[5:])
+        self.assertGreater(metric_of(self.proxy, "backend_errors_total"), 0)
 
 
 class ReservedBursts(unittest.TestCase):
-    """Of clients that clone once, without a second try."""
+    """40 clients at once get a container each."""
 
-    WAYS: ClassVar = [Chooser.by_nextid, Chooser.by_probe, Chooser.by_nextid_then_probe]
+    def burst(self, *ways: Callable[[Chooser], Choice], facts: Callable[[int], dict[str, Any]]) -> list[Choice]:
+        """Clients that choose in these ways by turns, and what there is to say of each, by its index."""
+        with FakePVE(tls="", clone_seconds=0.02) as pve, Proxy(pve.url, "-reserve-nextid", "1m") as proxy:
+            choices = at_once(40, lambda index: ways[index % len(ways)](Chooser(proxy.port, **facts(index))))
+            expect_all_cloned(self, pve, choices)
+            return choices
 
     def test_by_nextid(self) -> None:
-        run_reserved_burst(self, lambda port, index: Chooser(port, tries=1).by_nextid())
+        for way in (Chooser.by_nextid, Chooser.by_nextid_then_probe):
+            with self.subTest(way.__name__):
+                self.burst(way, facts=lambda index: {"tries": 1})
 
     def test_by_probing_upwards_from_one_start(self) -> None:
-        choices = run_reserved_burst(self, lambda port, index: Chooser(port, tries=1, start=500).by_probe())
+        choices = self.burst(Chooser.by_probe, facts=lambda index: {"tries": 1, "start": 500})
         self.assertEqual({choice.newid for choice in choices}, set(range(500, 540)))
 
-    def test_by_nextid_and_then_a_probe(self) -> None:
-        run_reserved_burst(self, lambda port, index: Chooser(port, tries=1).by_nextid_then_probe())
-
-    def test_mixed_each_with_a_token_of_its_own(self) -> None:
-        tokens = [f"PVEAPIToken=root@pam!ci{index}=secret" for index in range(40)]
-        run_reserved_burst(self, lambda port, index: self.WAYS[index % 3](Chooser(port, tries=1, token=tokens[index])))
-
-    def test_mixed_each_with_an_address_of_its_own(self) -> None:
-        run_reserved_burst(
-            self, lambda port, index: self.WAYS[index % 3](Chooser(port, tries=1, address=f"127.0.1.{index + 1}"))
-        )
-
-    def test_mixed_with_one_token_and_one_address_five_tries_are_enough(self) -> None:
-        run_reserved_burst(self, lambda port, index: self.WAYS[index % 3](Chooser(port)))
+    def test_mixed(self) -> None:
+        tell_apart: dict[str, Callable[[int], dict[str, Any]]] = {
+            "each with a token of its own": lambda index: {"tries": 1, "token": f"PVEAPIToken=root@pam!ci{index}=secret"},
+            "each with an address of its own": lambda index: {"tries": 1, "address": f"127.0.1.{index + 1}"},
+            "one token, one address, five tries": lambda index: {},
+        }
+        for name, facts in tell_apart.items():
+            with self.subTest(name):
+                self.burst(Chooser.by_nextid, Chooser.by_probe, Chooser.by_nextid_then_probe, facts=facts)
 
 
 # Exactly once, whatever happens
+
+
+def ask_impatiently(wire: Wire, request: bytes, seconds: float) -> Message | None:
+    """The answer to a request; None if the client has left before there was one. It leaves by a half-close, to see whether an
+    answer was on its way in that very moment."""
+    wire.sock.settimeout(seconds)
+    wire.send(request)
+    with contextlib.suppress(TimeoutError):
+        return wire.message()
+    wire.sock.settimeout(LONG)
+    wire.sock.shutdown(socket.SHUT_WR)
+    return wire.message() if wire.buffer or wire.more() else None
 
 
 class Soak:
@@ -5300,179 +5245,144 @@ class Soak:
     LOCKED = ("500 CT is locked (backup)", "500 CT is locked (snapshot)")
     NO_DAEMON = "595 Connection refused"
     CONTENTION = "clone failed: cfs-lock 'storage-x' error: got lock request timeout"
+    # How likely they are, by the kind of call.
+    FAULTS: ClassVar = {
+        "relay": (0.08, ["reset", "reset-in-head", "reset-in-body", "close", "garbage", "hang"]),
+        "poll": (0.1, ["reset", "close", "garbage", "500 x", "json:{}", "401 x", NO_DAEMON]),
+        "clone": (0.2, ["reset", "+reset", "close", "+close", "hang", "+hang", "596 x", "+596 x", "403 x", "json:x",
+                        "reset-in-body", NO_DAEMON, *LOCKED]),
+    }  # fmt: skip
 
     def __init__(self, relayed: int, clones: int, seconds: float, seed: int = 1) -> None:
         self.rng = random.Random(seed)
-        self.lock = threading.Lock()
-        self.left_to_relay, self.left_to_clone = relayed, clones
         self.deadline = time.monotonic() + seconds
-        self.figures: collections.Counter[str] = collections.Counter()
-        self.successes: collections.Counter[str] = collections.Counter()
+        # The threads take from and add to these, each time in one step, which needs no lock.
+        self.to_relay, self.to_clone = iter(range(1, relayed + 1)), iter(range(1000, 1000 + clones))
+        self.seen: list[str] = []
+        self.upids: list[str] = []  # that clients were given
         self.told_taken: set[str] = set()
         self.problems: list[str] = []
-        self.next = 1000
+        self.figures: collections.Counter[str] = collections.Counter()  # once it is over
 
     def chance(self, probability: float) -> bool:
         """True with this probability."""
-        with self.lock:
-            return self.rng.random() < probability
+        return self.rng.random() < probability
 
     def fault(self, kind: str) -> str:
         """What happens to PVE's next call of a kind."""
-        with self.lock:
-            number = self.rng.random()
-            if kind == "relay" and number < 0.08:
-                return self.rng.choice(["reset", "reset-in-head", "reset-in-body", "close", "garbage", "hang"])
-            if kind == "poll" and number < 0.1:
-                return self.rng.choice(["reset", "close", "garbage", "500 x", "json:{}", "401 x", self.NO_DAEMON])
-            if kind == "clone" and number < 0.2:
-                return self.rng.choice(["reset", "+reset", "close", "+close", "hang", "+hang", "596 x", "+596 x", "403 x",
-                                        "json:x", "reset-in-body", self.NO_DAEMON, *self.LOCKED])  # fmt: skip
-            return ""
+        probability, faults = self.FAULTS[kind]
+        return self.rng.choice(faults) if self.chance(probability) else ""
 
-    def take(self, what: str) -> int:
-        """The number of the next request to make; 0 when there are enough."""
-        with self.lock:
-            left = getattr(self, what)
-            if left <= 0 or time.monotonic() > self.deadline:
-                return 0
-            setattr(self, what, left - 1)
-            self.next += 1
-            return self.next
-
-    def count(self, what: str) -> None:
-        """Add one to a figure."""
-        with self.lock:
-            self.figures[what] += 1
+    def until_the_deadline(self, numbers: Iterator[int]) -> Iterator[int]:
+        """Those of the next requests to make."""
+        return itertools.takewhile(lambda _: time.monotonic() < self.deadline, numbers)
 
     def relay(self, proxy: Proxy) -> None:
         """Ordinary requests; each must get its own answer, an error of the proxy's, or a cut."""
-        while number := self.take("left_to_relay"):
-            method = "POST" if self.chance(0.3) else "GET"
-            body = "Content-Length: 3\r\n\r\nabc" if method == "POST" else "\r\n"
+        for number in self.until_the_deadline(self.to_relay):
+            method, rest = ("POST", "Content-Length: 3\r\n\r\nabc") if self.chance(0.3) else ("GET", "\r\n")
             if self.chance(0.1):
-                body = padding(random.randrange(50, 70)) + Smuggling.CALL + body
+                rest = padding(self.rng.randrange(50, 70)) + Smuggling.CALL + rest
+            request = f"{method} /api2/json/x/{number} HTTP/1.1\r\nHost: h\r\nAuthorization: {TOKEN}\r\n{rest}"
             try:
                 with proxy.wire() as wire:
-                    wire.send(f"{method} /api2/json/x/{number} HTTP/1.1\r\nHost: h\r\nAuthorization: {TOKEN}\r\n{body}".encode())
+                    wire.send(request.encode())
                     if self.chance(0.05):
-                        self.count("relayed, client left")
+                        self.seen.append("relayed, client left")
                         continue
                     answer = wire.message()
             except (OSError, EOFError):
-                self.count("relayed, cut off")
+                self.seen.append("relayed, cut off")
                 continue
-            self.count(f"relayed, {answer.status}")
+            self.seen.append(f"relayed, {answer.status}")
             if answer.status not in (431, 502, 504) and f"'{method} /x/{number}'".encode() not in answer.first:
                 self.problems.append(f"request {number} got {answer.first!r}")
 
     def clone(self, proxy: Proxy, pve: FakePVE) -> None:
         """Clones by clients that have a number of their own, or that choose one of a few until they have got it; those are
         destroyed afterwards."""
-        while number := self.take("left_to_clone"):
-            newid = str(number)
+        for number in self.until_the_deadline(self.to_clone):
             if self.chance(0.5):
-                for attempt in range(10):
-                    newid = str(2_000_000 + random.randrange(12))
-                    if not self.is_taken(self.insist(proxy, number, newid, f"{number}-{attempt}"), newid):
-                        break
-                pve.destroy(newid)
-            else:
-                self.insist(proxy, number, newid, str(number))
-
-    def is_taken(self, answer: Message | None, newid: str) -> bool:
-        """Whether that is what an answer says."""
-        if not answer or b"already exists" not in answer.first:
-            return False
-        self.count("clone, number taken")
-        with self.lock:
-            self.told_taken.add(newid)
-        return True
+                self.insist(proxy, number, str(number), str(number))
+                continue
+            for attempt in range(10):
+                newid = str(2_000_000 + self.rng.randrange(12))
+                answer = self.insist(proxy, number, newid, f"{number}-{attempt}")
+                if not answer or b"already exists" not in answer.first:
+                    break
+                self.seen.append("clone, number taken")
+                self.told_taken.add(newid)
+            pve.destroy(newid)
 
     def insist(self, proxy: Proxy, number: int, newid: str, name: str) -> Message | None:
         """The answer to one clone, whose name is like no other's; its client leaves now and then, and may come back with
         the same request."""
-        extra = padding(random.randrange(50, 60)) if self.chance(0.05) else ""
+        extra = padding(self.rng.randrange(50, 60)) if self.chance(0.05) else ""
         request = clone_request(f"{newid}&hostname={name}", 9000 + number % 2, extra=extra)
         while True:
             try:
                 with proxy.wire() as wire:
-                    wire.send(request)
-                    try:
-                        wire.sock.settimeout(0.02 + 0.3 * random.random() if self.chance(0.3) else LONG * 3)
-                        answer = wire.message()
-                    except TimeoutError:
-                        # It leaves by a half-close, to see whether an answer was on its way in that very moment.
-                        wire.sock.settimeout(LONG)
-                        wire.sock.shutdown(socket.SHUT_WR)
-                        if wire.more():
-                            answer = wire.message()
-                        else:
-                            self.count("clone, client left")
-                            if self.chance(0.7):
-                                continue
-                            return None
+                    patience = 0.02 + 0.3 * self.rng.random() if self.chance(0.3) else LONG * 3
+                    answer = ask_impatiently(wire, request, patience)
             except (OSError, EOFError) as error:
                 self.problems.append(f"clone {newid} was cut off: {error}")
                 return None
-            self.count(f"clone, {answer.status}")
-            if answer.status == 200 and b"UPID" in answer.body:
-                with self.lock:
-                    self.successes[json.loads(answer.body)["data"]] += 1
-            return answer
+            if answer:
+                break
+            self.seen.append("clone, client left")
+            if self.chance(0.3):
+                return None
+        self.seen.append(f"clone, {answer.status}")
+        if answer.status == 200 and b"UPID" in answer.body:
+            self.upids.append(json.loads(answer.body)["data"])
+        return answer
 
     def be_away(self, pve: FakePVE, over: threading.Event) -> None:
         """Have PVE go away now and then, for a moment."""
-        while not over.wait(0.5 + random.random()):
+        while not over.wait(0.5 + self.rng.random()):
             pve.go_away()
-            over.wait(0.3 * random.random())
+            over.wait(0.3 * self.rng.random())
             pve.come_back()
-            self.count("PVE away")
+            self.seen.append("PVE away")
 
-    def run(self, flags: tuple[str, ...] = ()) -> None:
+    def run(self) -> None:
         """Do it all, then look whether everything is as it should be."""
-        with FakePVE(clone_seconds=0.03, auth_delay=0.1) as pve:
-            flags = ("-request-timeout", "400ms", "-poll-delay", "50ms", "-status-listen", "127.0.0.1:0", *flags)
-            with Proxy(pve.url, *flags) as proxy:
-                proxy.get("/")
-                threads, descriptors = proxy.threads(), proxy.descriptors()
-                pve.random_fault = self.fault
+        flags = ("-request-timeout", "400ms", "-poll-delay", "50ms", *WITH_STATUS)
+        with FakePVE(clone_seconds=0.03, auth_delay=0.1) as pve, Proxy(pve.url, *flags) as proxy:
+            proxy.get("/")
+            threads, descriptors = proxy.threads(), proxy.descriptors()
+            pve.random_fault = self.fault
 
-                def exit_status(record: CloneRecord) -> None:
-                    if self.chance(0.1):
-                        pve.exits.append(self.rng.choice([self.CONTENTION, "clone failed: disk full", "WARNINGS: 1"]))
+            def exit_status(record: CloneRecord) -> None:
+                if self.chance(0.1):
+                    pve.exits.append(self.rng.choice([self.CONTENTION, "clone failed: disk full", "WARNINGS: 1"]))
 
-                pve.on_clone = exit_status
-                workers = [threading.Thread(target=self.relay, args=(proxy,)) for _ in range(4)]
-                workers += [threading.Thread(target=self.clone, args=(proxy, pve)) for _ in range(12)]
-                over = threading.Event()
-                weather = threading.Thread(target=self.be_away, args=(pve, over))
-                for worker in (weather, *workers):
-                    worker.start()
-                for worker in workers:
-                    worker.join()
-                over.set()
-                weather.join()
-                port = int(proxy.wait_log(r"STATUS PAGE: 127\.0\.0\.1:(\d+)")[1])
-
-                def snapshot() -> Any:
-                    with Wire.to(port) as wire:
-                        return json.loads(wire.ask(b"GET /status.json HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n").body)
-
-                wait_until(lambda: not (now := snapshot())["running"] and not now["waiting"], "the queue to be empty", 60)
-                wait_until(lambda: proxy.threads() <= threads, "no thread to be left over")
-                wait_until(lambda: proxy.descriptors() <= descriptors + 1, "no descriptor to be left over")
-                self.figures["memory, kB"] = proxy.memory()
-                pve.hanging.set()
-            self.check(pve)
+            pve.on_clone = exit_status
+            over = threading.Event()
+            weather = threading.Thread(target=self.be_away, args=(pve, over))
+            workers = [threading.Thread(target=self.relay, args=(proxy,)) for _ in range(4)]
+            workers += [threading.Thread(target=self.clone, args=(proxy, pve)) for _ in range(12)]
+            for worker in (weather, *workers):
+                worker.start()
+            for worker in workers:
+                worker.join()
+            over.set()
+            weather.join()
+            wait_until(lambda: not (now := snapshot_of(proxy))["running"] and not now["waiting"], "the queue to be empty", 60)
+            wait_until(lambda: proxy.threads() <= threads, "no thread to be left over")
+            wait_until(lambda: proxy.descriptors() <= descriptors + 1, "no descriptor to be left over")
+            pve.hanging.set()
+            self.figures.update(self.seen)
+            self.figures += collections.Counter({
+                "memory, kB": proxy.memory(), "clone calls at PVE": len(pve.clones), "tasks": len(pve.tasks),
+            })  # fmt: skip
+        self.check(pve)
 
     def check(self, pve: FakePVE) -> None:
         """Exactly once: by what reached PVE, and by what clients got."""
         by_body: dict[bytes, list[CloneRecord]] = {}
         for record in pve.clones:
             by_body.setdefault(record.body, []).append(record)
-        self.figures["clone calls at PVE"] = len(pve.clones)
-        self.figures["tasks"] = len(pve.tasks)
         for body, records in by_body.items():
             for record in records[:-1]:
                 contention = record.upid and pve.tasks[record.upid].exit_status == self.CONTENTION
@@ -5488,7 +5398,7 @@ class Soak:
             self.problems.append(f"{newid} was said to be taken, and never was")
         if pve.overlaps:
             self.problems.append(f"{pve.overlaps} times two tasks of one source")
-        for upid, count in self.successes.items():
+        for upid, count in collections.Counter(self.upids).items():
             if count > 1:
                 self.problems.append(f"{upid} was given to {count} clients")
 
@@ -5504,21 +5414,19 @@ class ExactlyOnce(unittest.TestCase):
 def soak(seconds: float) -> int:
     """Soak for that long, in rounds of 2,000 relayed requests and 200 clones; the exit status."""
     begin, seed = time.monotonic(), int(time.time())
-    total: collections.Counter[str] = collections.Counter()
+    total: collections.Counter[str] = collections.Counter(problems=0)
     while (left := begin + seconds - time.monotonic()) > 0:
         round_ = Soak(2000, 200, left, seed)
         round_.run()
         memory = max(total["memory, kB"], round_.figures["memory, kB"])
-        total += round_.figures
+        total.update(round_.figures, rounds=1, problems=len(round_.problems))
         total["memory, kB"] = memory
-        total["rounds"] += 1
         for problem in round_.problems:
             print(f"PROBLEM (seed {seed}): {problem}")
-        total["problems"] += len(round_.problems)
         seed += 1
-    for name in sorted(total):
+    total["seconds"] = round(time.monotonic() - begin)
+    for name in sorted(total, key=lambda name: (name == "seconds", name)):
         print(f"{name:28} {total[name]:9,}")
-    print(f"{'seconds':28} {time.monotonic() - begin:9,.0f}")
     return 1 if total["problems"] else 0
 
 
@@ -5567,9 +5475,9 @@ class Table:
         self.row(*titles)
         self.row(*("-" * (width - 1) + ":" for width in self.widths))
 
-    def row(self, *cells: str) -> None:
+    def row(self, *cells: object) -> None:
         """The next row."""
-        say(f"| {' | '.join(cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True))} |")
+        say(f"| {' | '.join(str(cell).rjust(width) for cell, width in zip(cells, self.widths, strict=True))} |")
 
 
 def bench_backend() -> None:
@@ -5586,8 +5494,7 @@ def bench_backend() -> None:
             while data := tls.recv(65536):
                 if data.startswith(b"PUT"):
                     head, _, rest = data.partition(b"\r\n\r\n")
-                    left = int(re.findall(rb"Content-Length: (\d+)", head)[0]) - len(rest)
-                    space = bytearray(1 << 18)
+                    left, space = int(re.findall(rb"Content-Length: (\d+)", head)[0]) - len(rest), bytearray(1 << 18)
                     while left > 0:
                         left -= tls.recv_into(space) or left
                     tls.sendall(BENCH_ANSWER)
@@ -5651,12 +5558,11 @@ def bench_load(port: int, tls: bool, connections: int) -> tuple[float, float]:
     """Small requests a second over so many connections, and their median latency in microseconds."""
     latencies: list[float] = []
 
-    def one(_: int) -> int:
-        count, end = 0, time.monotonic() + ROUND_SECONDS
+    def one(_: int) -> None:
+        stop = time.perf_counter() + ROUND_SECONDS
         with Wire.to(port, tls) as wire:
             wire.sock.settimeout(None)
-            begin = time.perf_counter()
-            while time.monotonic() < end:
+            while (begin := time.perf_counter()) < stop:
                 wire.sock.sendall(b"GET /api2/json/version HTTP/1.1\r\nHost: pve\r\nAuthorization: x\r\n\r\n")
                 length, data = 0, b""
                 while length < 120 or not data.endswith(b'"}'):
@@ -5664,31 +5570,28 @@ def bench_load(port: int, tls: bool, connections: int) -> tuple[float, float]:
                     if not data:
                         raise EOFError("the connection ended without a whole answer")
                     length += len(data)
-                count += 1
-                now = time.perf_counter()
-                latencies.append(now - begin)
-                begin = now
-        return count
+                latencies.append(time.perf_counter() - begin)
 
-    return sum(at_once(connections, one)) / ROUND_SECONDS, statistics.median(latencies) * 1e6
+    at_once(connections, one)
+    return len(latencies) / ROUND_SECONDS, statistics.median(latencies) * 1e6
 
 
-def bench_bulk(port: int, tls: bool, upload: bool, size: int = 1 << 30) -> float:
-    """MB a second of one large body."""
+def bench_bulk(port: int, tls: bool, upload: bool) -> float:
+    """MB a second of one body of 1 GiB."""
+    size, piece = 1 << 30, bytearray(1 << 18)
     with Wire.to(port, tls) as wire:
         begin = time.perf_counter()
         if upload:
             wire.send(b"PUT / HTTP/1.1\r\nHost: pve\r\nContent-Length: %d\r\n\r\n" % size)
-            piece = bytes(1 << 18)
-            for _ in range(size >> 18):
-                wire.send(piece)
+            for _ in range(size // len(piece)):
+                wire.sock.sendall(piece)
             wire.message()
         else:
             wire.send(b"GET /%d HTTP/1.1\r\nHost: pve\r\n\r\n" % size)
             wire.head()
-            left, space = size - len(wire.buffer), bytearray(1 << 18)
+            left = size - len(wire.buffer)
             while left:
-                left -= wire.sock.recv_into(space)
+                left -= wire.sock.recv_into(piece)
         return size / 1e6 / (time.perf_counter() - begin)
 
 
@@ -5704,8 +5607,7 @@ def bench_requests(heading: str, backend: int, proxy: Proxy, *counts: int) -> No
     table = Table(heading, "connections", "direct req/s", "median µs", "proxy req/s", "median µs", "proxy/direct",
                   "its CPU µs a request")  # fmt: skip
     for connections in counts:
-        direct, through = [], []
-        busy = 0.0
+        direct, through, busy = [], [], 0.0
         bench_load(proxy.port, False, connections)  # warms up
         for _ in range(ROUNDS):
             direct.append(bench_load(backend, True, connections))
@@ -5715,7 +5617,7 @@ def bench_requests(heading: str, backend: int, proxy: Proxy, *counts: int) -> No
         rates = [max(rate for rate, _ in rounds) for rounds in (direct, through)]
         medians = [min(latency for _, latency in rounds) for rounds in (direct, through)]
         cpu = busy / (sum(rate for rate, _ in through) * ROUND_SECONDS)
-        table.row(str(connections), f"{rates[0]:,.0f}", f"{medians[0]:,.0f}", f"{rates[1]:,.0f}", f"{medians[1]:,.0f}",
+        table.row(connections, f"{rates[0]:,.0f}", f"{medians[0]:,.0f}", f"{rates[1]:,.0f}", f"{medians[1]:,.0f}",
                   f"{rates[1] / rates[0]:.2f}", f"{cpu * 1e6:.0f}")  # fmt: skip
 
 
@@ -5769,7 +5671,7 @@ def bench_clones() -> int:
                 begin = time.monotonic()
                 failed += clone_at_once(8, proxy)
                 cells += [f"{makespan(pve, begin):.3f}", f"{pve.polls / 8:.1f}"]
-        table.row(f"{seconds} s", *cells, str(failed))
+        table.row(f"{seconds} s", *cells, failed)
     return failed
 
 
@@ -5778,18 +5680,28 @@ def bench_bursts() -> int:
     table = Table("Clients at once that choose their VMIDs themselves, with five tries:",
                   "clients", "choose by", "clone takes", "got a container", "collisions", "a client", "makespan / sum")  # fmt: skip
     failed = 0
-    for count, seconds in BURSTS:
-        for name, choose in CHOICES.items():
-            with FakePVE(clone_seconds=seconds) as pve, Proxy(pve.url) as proxy:
-                client = Chooser(proxy.port, patience=PATIENCE)
-                begin = time.monotonic()
-                choices = at_once(count, functools.partial(lambda choose, client, _: choose(client), choose, client))
-                ratio = makespan(pve, begin)
-            succeeded = len({choice.newid for choice in choices if choice.status == 200})
-            collisions = sum(choice.tries for choice in choices) - succeeded
-            failed += count - succeeded
-            table.row(str(count), name, f"{seconds} s", f"{succeeded} of {count}", str(collisions), f"{collisions / count:.2f}",
-                      f"{ratio:.3f}")  # fmt: skip
+    for (count, seconds), (name, choose) in itertools.product(BURSTS, CHOICES.items()):
+        with FakePVE(clone_seconds=seconds) as pve, Proxy(pve.url) as proxy, concurrent.futures.ThreadPoolExecutor(count) as pool:
+            begin = time.monotonic()
+            choices = list(pool.map(choose, [Chooser(proxy.port, patience=PATIENCE)] * count))
+            ratio = makespan(pve, begin)
+        succeeded = len({choice.newid for choice in choices if choice.status == 200})
+        collisions = sum(choice.tries for choice in choices) - succeeded
+        failed += count - succeeded
+        table.row(count, name, f"{seconds} s", f"{succeeded} of {count}", collisions, f"{collisions / count:.2f}", f"{ratio:.3f}")
+    return failed
+
+
+def bench_many(table: Table, rows: dict[int, tuple[int, int]], seconds: float, *flags: str) -> int:
+    """So many clones at once, so long each, by so many proxies with these flags; how many failed."""
+    failed = 0
+    for name, (clones, proxies) in rows.items():
+        with FakePVE(clone_seconds=seconds) as pve, contextlib.ExitStack() as stack:
+            running = [stack.enter_context(Proxy(pve.url, *flags)) for _ in range(proxies)]
+            begin = time.monotonic()
+            failed_now = clone_at_once(clones, *running)
+            table.row(name, f"{makespan(pve, begin):.3f}", failed_now, f"{pve.requests / clones:.1f}")
+            failed += failed_now
     return failed
 
 
@@ -5797,29 +5709,14 @@ def bench_growth() -> int:
     """More and more clones that wait; how many failed."""
     table = Table("Many clones at once of one template, 0.2 s each, VMIDs of their own:",
                   "clones", "makespan / sum", "failed", "requests to PVE a clone")  # fmt: skip
-    failed = 0
-    for count in (8, 100, 480):
-        with FakePVE(clone_seconds=0.2) as pve, Proxy(pve.url, "-queue-size", "500") as proxy:
-            begin = time.monotonic()
-            failed_now = clone_at_once(count, proxy)
-            table.row(str(count), f"{makespan(pve, begin):.3f}", str(failed_now), f"{pve.requests / count:.1f}")
-            failed += failed_now
-    return failed
+    return bench_many(table, {count: (count, 1) for count in (8, 100, 480)}, 0.2, "-queue-size", "500")
 
 
 def bench_proxies() -> int:
     """Several proxies before one cluster; how many clones failed."""
     table = Table("24 clones of one template at once, 2 s each, by several proxies before one PVE (-lock-timeout 10s):",
                   "proxies", "makespan / sum", "failed", "requests to PVE a clone")  # fmt: skip
-    failed = 0
-    for count in (1, 2, 4, 8):
-        with FakePVE(clone_seconds=2) as pve, contextlib.ExitStack() as stack:
-            proxies = [stack.enter_context(Proxy(pve.url, "-lock-timeout", "10s")) for _ in range(count)]
-            begin = time.monotonic()
-            failed_now = clone_at_once(24, *proxies)
-            table.row(str(count), f"{makespan(pve, begin):.3f}", str(failed_now), f"{pve.requests / 24:.1f}")
-            failed += failed_now
-    return failed
+    return bench_many(table, {count: (24, count) for count in (1, 2, 4, 8)}, 2, "-lock-timeout", "10s")
 
 
 def bench_memory() -> int:
