@@ -3352,10 +3352,10 @@ class QueueInvariants(unittest.TestCase):
     def come_to_an_end(self, go_on: Callable[[program.CloneJob], object]) -> None:
         """Let what runs go on in this way until the queue is empty, within a bounded time; nobody is left without an answer."""
         end = self.clock.now + 3 * self.LOCK_TIMEOUT
-        for _ in range(1000):
+        for _ in itertools.takewhile(lambda _: self.queue, range(1000)):
             if self.clones.running:
                 go_on(self.clones.running)
-            elif self.queue:
+            else:
                 self.take_or_wait()
             self.check()
         self.assertEqual(self.queue, [])
@@ -3636,8 +3636,7 @@ class Listening(unittest.TestCase):
             proxy = self.proxy(backend.url)
             for _ in range(program.MAX_CONNECTIONS + 20):
                 self.enterContext(socket.create_connection(("127.0.0.1", proxy.port), LONG))
-            for _ in range(5):
-                self.assertEqual(proxy.get("/").status, 200)
+            self.assertEqual([proxy.get("/").status for _ in range(5)], [200] * 5)
 
     def test_old_versions_are_refused(self) -> None:
         context = client_context()
@@ -3714,6 +3713,41 @@ class ServiceManager(unittest.TestCase):
             self.pve.wait_for_clones(1)
             self.hear("STATUS=cloning pve/9000 for .*, 1 waiting")
             finish(self.pve, *wires)
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "no IPv6 here")
+    def test_every_change_of_the_address_takes_effect(self) -> None:
+        everywhere = ("::1", "127.0.0.1")
+        with answering(OK) as backend:
+            for before, listen, hosts, not_hosts in [
+                ("0.0.0.0", ":{}", everywhere, ()),
+                ("::", ":{}", everywhere, ()),
+                ("::", "0.0.0.0:{}", ("127.0.0.1",), ("::1",)),
+                ("127.0.0.1", ":{}", everywhere, ()),
+                ("0.0.0.0", "127.0.0.1:{}", ("127.0.0.1",), ("127.0.0.2",)),
+                ("127.0.0.1", "[::1]:{}", ("::1",), ("127.0.0.1",)),
+            ]:
+                with self.subTest(before=before, listen=listen):
+                    # A port that is free there may be used elsewhere.
+                    moved = any(self.moves(before, listen, hosts, not_hosts, backend.url) for attempt in range(5))
+                    self.assertTrue(moved, "always in use")
+
+    def moves(self, before: str, listen: str, hosts: tuple[str, ...], not_hosts: tuple[str, ...], backend: str) -> bool:
+        """See that a restart ends with listening on these addresses and not on those; False if the port is in use."""
+        family = socket.AF_INET6 if ":" in before else socket.AF_INET
+        with socket.create_server((before, 0), family=family, dualstack_ipv6=before == "::") as kept:
+            port = kept.getsockname()[1]
+            process, line = start_program(self, backend, "-listen", listen.format(port), keep=kept.fileno())
+            if b"Address already in use" in line:
+                return False
+            self.assertIn(b"LISTENING: ", line)
+            for host in hosts:
+                with Wire(socket.create_connection((host, port), LONG)) as wire:
+                    self.assertEqual(wire.ask(GET).status, 200)
+            for host in not_hosts:
+                self.assertRaises(ConnectionRefusedError, socket.create_connection, (host, port), LONG)
+            process.terminate()
+            self.assertEqual(process.wait(LONG), 0)
+            return True
 
 
 # Nothing gets past the queue
@@ -3898,8 +3932,6 @@ class UserNames(unittest.TestCase):
 
 
 QUICKLY_STUCK = "program.STUCK_PAUSE = 0.05"  # how far apart the tries are that tell a stuck source
-
-
 NODE_AWAY = b"HTTP/1.1 595 Connection refused\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -4100,6 +4132,44 @@ class LockTimes(unittest.TestCase):
             self.assertGreater(pauses[0], 0.15)
             self.assertLess(pauses[len(pauses) // 2], 0.8)
 
+    def test_waiting_for_a_lock_is_no_cloning_and_told_of_once(self) -> None:
+        with FakePVE(tls="") as pve, Proxy(pve.url, *WITH_STATUS) as proxy:
+            pve.locks["9000"] = "backup"
+            wires = queue_up(proxy, clone_request(201), clone_request(202))
+            pve.wait_for_clones(5)
+            with pve.lock:
+                tries, held = len(pve.clones) + 1, pve.clones[-1].at - pve.clones[0].at
+                del pve.locks["9000"]
+            expect_cloned(*wires)
+            status = snapshot_with(proxy, "completed", 2)
+            tasks = sum(task.seconds for task in pve.tasks.values())
+            self.assertEqual(status["clone_seconds"]["count"], 2)
+            self.assertGreater(status["wait_seconds"]["sum"], 2 * held - 0.5)
+            for job in status["history"]:
+                self.assertGreater(job["waited_seconds"], held - 0.5)
+                self.assertLess(job["clone_seconds"], held)
+            self.assertGreaterEqual(status["clone_seconds"]["sum"], tasks - 0.05)
+            self.assertLess(status["clone_seconds"]["sum"], tasks + held)
+            self.assertEqual(metric_of(proxy, "clone_seconds_count"), 2)
+            self.assertEqual(metric_of(proxy, "clone_seconds_sum"), status["clone_seconds"]["sum"])
+            proxy.wait_log(rf"CLONE COMPLETE: .* newid=201 tries={tries}$")
+            proxy.wait_log("CLONE COMPLETE: .* newid=202$")
+            for newid, locked in (("201", 1), ("202", 0)):
+                self.assertEqual(len(proxy.lines(f"CLONE START: .*newid={newid}")), 1)
+                self.assertEqual(len(proxy.lines(f"CLONE LOCKED: .*newid={newid}: CT is locked")), locked)
+
+    def test_clones_without_a_task_do_not_count(self) -> None:
+        flags = ("-lock-timeout", "300ms", *WITH_STATUS)
+        with FakePVE(tls="") as pve, Proxy(pve.url, *flags, constants=QUICKLY_STUCK) as proxy:
+            pve.locks["9000"] = "backup"
+            self.assertEqual([proxy.clone(201).status, proxy.clone(202, 777).status], [500, 500])
+            proxy.wait_log(r"CLONE FAILED: .*newid=201 status=.* tries=[0-9]+$")
+            status = snapshot_with(proxy, "failed", 2)
+            self.assertEqual((status["clone_seconds"]["count"], status["clone_seconds"]["sum"]), (0, 0))
+            self.assertEqual([job["clone_seconds"] for job in status["history"]], [0, 0])
+            self.assertGreater(status["history"][0]["waited_seconds"], 0.3)
+            self.assertEqual(metric_of(proxy, "wait_seconds_count"), 2)
+
 
 class BusySources(unittest.TestCase):
     """Where others clone the same source, its lock is not stuck."""
@@ -4215,48 +4285,6 @@ class BusySources(unittest.TestCase):
         self.assertEqual((self.pve.overlaps, self.pve.most_at_once), (0, 1))
         self.assertEqual(sum(record.status == 200 for record in self.pve.clones), 24)
         self.assertLessEqual(set(map(str, range(201, 225))), self.pve.guests)
-
-
-class ClonedTimes(unittest.TestCase):
-    """What is spent on a lock is part of the wait."""
-
-    def test_waiting_for_a_lock_is_no_cloning_and_told_of_once(self) -> None:
-        with FakePVE(tls="") as pve, Proxy(pve.url, *WITH_STATUS) as proxy:
-            pve.locks["9000"] = "backup"
-            wires = queue_up(proxy, clone_request(201), clone_request(202))
-            pve.wait_for_clones(5)
-            with pve.lock:
-                tries, held = len(pve.clones) + 1, pve.clones[-1].at - pve.clones[0].at
-                del pve.locks["9000"]
-            expect_cloned(*wires)
-            status = snapshot_with(proxy, "completed", 2)
-            tasks = sum(task.seconds for task in pve.tasks.values())
-            self.assertEqual(status["clone_seconds"]["count"], 2)
-            self.assertGreater(status["wait_seconds"]["sum"], 2 * held - 0.5)
-            for job in status["history"]:
-                self.assertGreater(job["waited_seconds"], held - 0.5)
-                self.assertLess(job["clone_seconds"], held)
-            self.assertGreaterEqual(status["clone_seconds"]["sum"], tasks - 0.05)
-            self.assertLess(status["clone_seconds"]["sum"], tasks + held)
-            self.assertEqual(metric_of(proxy, "clone_seconds_count"), 2)
-            self.assertEqual(metric_of(proxy, "clone_seconds_sum"), status["clone_seconds"]["sum"])
-            proxy.wait_log(rf"CLONE COMPLETE: .* newid=201 tries={tries}$")
-            proxy.wait_log("CLONE COMPLETE: .* newid=202$")
-            for newid, locked in (("201", 1), ("202", 0)):
-                self.assertEqual(len(proxy.lines(f"CLONE START: .*newid={newid}")), 1)
-                self.assertEqual(len(proxy.lines(f"CLONE LOCKED: .*newid={newid}: CT is locked")), locked)
-
-    def test_clones_without_a_task_do_not_count(self) -> None:
-        flags = ("-lock-timeout", "300ms", *WITH_STATUS)
-        with FakePVE(tls="") as pve, Proxy(pve.url, *flags, constants=QUICKLY_STUCK) as proxy:
-            pve.locks["9000"] = "backup"
-            self.assertEqual([proxy.clone(201).status, proxy.clone(202, 777).status], [500, 500])
-            proxy.wait_log(r"CLONE FAILED: .*newid=201 status=.* tries=[0-9]+$")
-            status = snapshot_with(proxy, "failed", 2)
-            self.assertEqual((status["clone_seconds"]["count"], status["clone_seconds"]["sum"]), (0, 0))
-            self.assertEqual([job["clone_seconds"] for job in status["history"]], [0, 0])
-            self.assertGreater(status["history"][0]["waited_seconds"], 0.3)
-            self.assertEqual(metric_of(proxy, "wait_seconds_count"), 2)
 
 
 # Many clients, slow ones, and a log that nobody reads
@@ -4512,45 +4540,6 @@ class LogReaders(unittest.TestCase):
                 self.assertEqual(self.process.wait(LONG), -signal.SIGTERM)
 
 
-class Restarts(unittest.TestCase):
-    """With a listening socket that the service manager kept."""
-
-    @unittest.skipUnless(socket.has_dualstack_ipv6(), "no IPv6 here")
-    def test_every_change_of_the_address_takes_effect(self) -> None:
-        everywhere = ("::1", "127.0.0.1")
-        with answering(OK) as backend:
-            for before, listen, hosts, not_hosts in [
-                ("0.0.0.0", ":{}", everywhere, ()),
-                ("::", ":{}", everywhere, ()),
-                ("::", "0.0.0.0:{}", ("127.0.0.1",), ("::1",)),
-                ("127.0.0.1", ":{}", everywhere, ()),
-                ("0.0.0.0", "127.0.0.1:{}", ("127.0.0.1",), ("127.0.0.2",)),
-                ("127.0.0.1", "[::1]:{}", ("::1",), ("127.0.0.1",)),
-            ]:
-                with self.subTest(before=before, listen=listen):
-                    # A port that is free there may be used elsewhere.
-                    moved = any(self.moves(before, listen, hosts, not_hosts, backend.url) for attempt in range(5))
-                    self.assertTrue(moved, "always in use")
-
-    def moves(self, before: str, listen: str, hosts: tuple[str, ...], not_hosts: tuple[str, ...], backend: str) -> bool:
-        """See that a restart ends with listening on these addresses and not on those; False if the port is in use."""
-        family = socket.AF_INET6 if ":" in before else socket.AF_INET
-        with socket.create_server((before, 0), family=family, dualstack_ipv6=before == "::") as kept:
-            port = kept.getsockname()[1]
-            process, line = start_program(self, backend, "-listen", listen.format(port), keep=kept.fileno())
-            if b"Address already in use" in line:
-                return False
-            self.assertIn(b"LISTENING: ", line)
-            for host in hosts:
-                with Wire(socket.create_connection((host, port), LONG)) as wire:
-                    self.assertEqual(wire.ask(GET).status, 200)
-            for host in not_hosts:
-                self.assertRaises(ConnectionRefusedError, socket.create_connection, (host, port), LONG)
-            process.terminate()
-            self.assertEqual(process.wait(LONG), 0)
-            return True
-
-
 class CutAnswers(unittest.TestCase):
     """An answer that the backend does not bring to its end is seen by who operates the proxy."""
 
@@ -4608,24 +4597,24 @@ def expect_all_cloned(test: unittest.TestCase, pve: FakePVE, choices: list[Choic
     test.assertEqual((pve.overlaps, pve.most_at_once), (0, 1))
 
 
-def run_burst(test: unittest.TestCase, count: int, choose: Callable[[Chooser], Choice]) -> None:
-    """That many clients, all of which have chosen before the first clone ends, get a container within five tries, hardly
-    one of which is in vain a second time."""
-    with FakePVE(tls="", clone_seconds=ENDLESS) as pve, Proxy(pve.url) as proxy:
-        with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            choices = [pool.submit(choose, Chooser(proxy.port)) for _ in range(count)]
-            proxy.wait_log("CLONE QUEUED", count)
-            pve.finish(0.05 if count < 100 else 0.02)
-        expect_all_cloned(test, pve, [choice.result() for choice in choices])
-        test.assertLessEqual(sum(choice.result().tries - 1 for choice in choices), 2 * count)
-        test.assertLessEqual(len(pve.clones) - count, 2, "who is taken is not sent to PVE")
-
-
 class Bursts(unittest.TestCase):
     def test_by_list_and_by_nextid(self) -> None:
         for (name, choose), count in itertools.product(CHOICES.items(), (8, 20, 40, 100)):
             with self.subTest(name, count=count):
-                run_burst(self, count, choose)
+                self.burst(count, choose)
+
+    def burst(self, count: int, choose: Callable[[Chooser], Choice]) -> None:
+        """That many clients, all of which have chosen before the first clone ends, get a container within five tries, hardly
+        one of which is in vain a second time."""
+        with FakePVE(tls="", clone_seconds=ENDLESS) as pve, Proxy(pve.url) as proxy:
+            with concurrent.futures.ThreadPoolExecutor(count) as pool:
+                results = [pool.submit(choose, Chooser(proxy.port)) for _ in range(count)]
+                proxy.wait_log("CLONE QUEUED", count)
+                pve.finish(0.05 if count < 100 else 0.02)
+            choices = [result.result() for result in results]
+            expect_all_cloned(self, pve, choices)
+            self.assertLessEqual(sum(choice.tries - 1 for choice in choices), 2 * count)
+            self.assertLessEqual(len(pve.clones) - count, 2, "who is taken is not sent to PVE")
 
 
 class MixedBursts(unittest.TestCase):
