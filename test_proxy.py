@@ -2943,6 +2943,9 @@ class Leaving(unittest.TestCase):
         self.assertIsNone(job.answer)
 
 
+# What the tests from here on share
+
+
 def expect_cloned(*wires: Wire) -> None:
     """These clients must get their containers."""
     answers = [wire.message().first for wire in wires]
@@ -3339,8 +3342,6 @@ class QueueInvariants(unittest.TestCase):
         had_answer = job.answer is not None
         self.assertEqual(self.clones.answer_running(refusal("too long")), not had_answer)
 
-    # Time
-
     def pass_time(self) -> None:
         self.clock.now += self.rng.choice([0.1, 0.3, 1.0, 3.0, 10.0, 70.0])
 
@@ -3373,8 +3374,6 @@ class QueueInvariants(unittest.TestCase):
         except NothingDue as nothing:
             self.clock.now += nothing.seconds or 0.25
             self.look()
-
-    # Tests
 
     def test_all_are_answered_after_a_drain(self) -> None:
         for seed in self.SEEDS:
@@ -3710,7 +3709,6 @@ class ServiceManager(unittest.TestCase):
     def test_the_status_line_is_made_from_counts(self) -> None:
         with self.proxy("program.CloneQueue.facts = program.CloneQueue.snapshot = None") as proxy:
             wires = queue_up(proxy, clone_request(201), clone_request(202))
-            self.pve.wait_for_clones(1)
             self.hear("STATUS=cloning pve/9000 for .*, 1 waiting")
             finish(self.pve, *wires)
 
@@ -4701,12 +4699,15 @@ class TakenVmids(unittest.TestCase):
         """Numbers and stages of those that wait."""
         return [(job["newid"], job["stage"]) for job in snapshot_of(proxy)["waiting"]]
 
-    def test_they_are_refused_one_at_a_time_as_their_clients_come_back(self) -> None:
-        proxy = self.proxy()
+    def test_they_are_refused_one_at_a_time_as_their_clients_come_back_and_keep_their_places_until_then(self) -> None:
+        proxy = self.proxy("-queue-size", "3")
         first, third, fourth = self.collide(proxy, 4)
         self.assertEqual(self.stages(proxy), [("201", "taken")] * 2)
         back = queue_up(proxy, clone_request(202))[0]
         self.assertEqual(self.stages(proxy), [("201", "taken")] * 2 + [("202", "waiting")], "it is not accepted yet")
+        self.assertEqual(metric_of(proxy, "queued"), 3)
+        answer = proxy.clone(203)
+        self.assertEqual((answer.status, answer.get("retry-after")), (503, b"10"), "they count as waiting")
         finish(self.pve, first, then=ENDLESS)
         self.expect_taken(third)
         self.assertEqual(self.stages(proxy), [("201", "taken")], "it is now, and runs")
@@ -4798,28 +4799,6 @@ class TakenVmids(unittest.TestCase):
         self.pve.clone_seconds = ENDLESS
         finish(self.pve, *queue_up(proxy, clone_request(202), clone_request(201)))
         self.assertEqual(proxy.lines(r"\(taken\)"), [])
-
-    def test_live_clients_never_get_one_success(self) -> None:
-        self.pve.clone_seconds = 0.1
-        proxy = self.proxy(constants="program.RETURN_SECONDS = 0.05")
-        for newid in (201, 202):
-            answers = at_once(12, lambda _, newid=newid: proxy.clone(newid))  # type: ignore[misc]
-            self.assertEqual(sorted(answer.status for answer in answers), [200] + [500] * 11)
-        self.assertEqual(len(self.pve.tasks), 2)
-
-    def test_they_keep_their_places_in_the_queue_and_count_as_waiting(self) -> None:
-        proxy = self.proxy("-queue-size", "3")
-        first, *taken = self.collide(proxy, 4)
-        other = queue_up(proxy, clone_request(202))[0]
-        self.assertEqual(metric_of(proxy, "queued"), 3)
-        self.assertEqual(self.stages(proxy), [("201", "taken")] * 2 + [("202", "waiting")])
-        answer = proxy.clone(203)
-        self.assertEqual((answer.status, answer.get("retry-after")), (503, b"10"))
-        finish(self.pve, first, then=ENDLESS)
-        self.expect_taken(taken[0])
-        back = queue_up(proxy, clone_request(203))[0]
-        finish(self.pve, other, back)
-        self.expect_taken(taken[1])
 
     def test_it_is_said_and_counted(self) -> None:
         proxy = self.proxy()
