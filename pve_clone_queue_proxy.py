@@ -2525,12 +2525,9 @@ class ProxyServer(ListeningServer):
 
 def notify(text: str, *descriptors: int) -> None:
     """Tell the service manager, if there is one, by its socket (sd_notify(3)), with descriptors for its store."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+    with contextlib.suppress(KeyError, OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.setblocking(False)  # one that does not listen must not hold up anything
-        manager.connect(re.sub("^@", "\0", path))
+        manager.connect(re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]))
         socket.send_fds(manager, [text.encode()], list(descriptors))
 
 
@@ -2738,7 +2735,7 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a GET or HEAD."""
-        status = 200
+        status, kind, backend = 200, "text/plain;charset=UTF-8", self.server.proxy.backend
         match self.path.partition("?")[0]:
             case "/":
                 kind, text = "text/html;charset=UTF-8", STATUS_PAGE
@@ -2746,16 +2743,12 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
                 kind, text = "application/json", json.dumps(self.server.snapshot())
             case "/metrics":
                 kind, text = "text/plain; version=0.0.4; charset=utf-8", metrics(self.server.snapshot())
-            case "/healthz":
-                kind, text = "text/plain;charset=UTF-8", "ok\n"
-                backend = self.server.proxy.backend
+            case "/healthz":  # the worker need not be looked at: the process ends with it
                 backend.look()
-                # The worker need not be looked at: the process ends with it.
-                if problem := backend.problem():
-                    status, text = 503, f"{backend.address} can't be reached: {problem[0]}\n"
+                problem = backend.problem()
+                status, text = (503, f"{backend.address} can't be reached: {problem[0]}\n") if problem else (200, "ok\n")
             case _:
-                self.send_error(404, "there is no such page")
-                return
+                status, text = 404, "there is no such page\n"
         body = text.encode()
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **STATUS_FIELDS}.items():
@@ -2815,12 +2808,6 @@ def _check_pve(settings: Settings) -> str:
     return f"{settings.backend} answers" + (f", its certificate {verified}" if backend.context else "")
 
 
-def _check_processes() -> str:
-    if os.path.exists("/proc/1/stat"):
-        return "the processes of tasks on this host are seen, and so is their end"
-    return "/proc shows no processes of other users: the end of tasks is seen by polling only"
-
-
 def check(settings: Settings) -> int:
     """Do all that a start does without serving, and say a line for each: 0 if nothing failed, or 1."""
     checks: dict[str, Callable[[], str]] = {
@@ -2829,7 +2816,8 @@ def check(settings: Settings) -> int:
         "-listen": lambda: _check_listen(settings.listen),
         "-status-listen": lambda: _check_listen(settings.status_listen),
         "PVE": lambda: _check_pve(settings),
-        "tasks": _check_processes,
+        "tasks": lambda: "their processes on this host are seen, and so is their end" if os.path.exists("/proc/1/stat") else
+        "/proc shows no processes of other users: their end is seen by polling only",
     }
     status = 0
     for name, look in checks.items():
