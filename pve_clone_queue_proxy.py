@@ -992,6 +992,64 @@ PVE = "PVE"  # the scope of a hold: all clones
 SHUTTING_DOWN = "the clone queue is shutting down; the clone was not started"
 OUTCOMES = ("completed", "failed", "taken", "rejected", "refused", "abandoned")
 
+
+class CloneCall(NamedTuple):
+    """A clone request as PVE reads it; `newid` is "" if there is none, or if the body has not been read."""
+
+    kind: str
+    node: str
+    source: str
+    newid: str
+    user: str
+
+    def __str__(self) -> str:
+        return f"{self.place} newid={word(self.newid)}"
+
+    @property
+    def place(self) -> str:
+        """How every line of a clone's begins."""
+        return f"node={word(self.node)} vmid={word(self.source)}"
+
+
+def user_of(message: Message) -> str:
+    """Who a request says it is: the name of its API token, or its ticket's user; never a secret."""
+    credentials = " ".join(message.values.get("authorization", []) + message.values.get("cookie", []))
+    match = _USER.search(credentials)
+    return printable(urllib.parse.unquote(match[1] or match[2])) if match else ""
+
+
+def clone_call(request: Request, qemu: bool) -> CloneCall | None:
+    """What a clone request asks for, as far as its head tells; None for any other request. It fails closed: what PVE
+    will refuse for its node or VMID counts too. Raises Refusal (501) for a format in which PVE runs clones as well, and
+    that nobody needs; `extjs` is the web GUI's, which has its own patience."""
+    match request.path_parts() if request.method == "POST" else []:
+        case ["api2", format_, "nodes", node, "lxc" | "qemu" as kind, source, "clone"] if format_ != "extjs":
+            if re.fullmatch("[0-9]+", source) and (kind == "lxc" or qemu):
+                if format_ != "json":
+                    raise Refusal(501, "clones are queued by /api2/json/ only; this format is not offered for them")
+                return CloneCall(kind, node, source, "", user_of(request))
+    return None
+
+
+def lacks_token(request: Request) -> bool:
+    """Whether it has a ticket without its CSRFPreventionToken: PVE refuses it, after 3 s that the worker need not wait."""
+    return "cookie" in request.values and not {"authorization", "csrfpreventiontoken"} & request.values.keys()
+
+
+def parameter(text: str, name: str) -> list[str]:
+    """The values of a parameter in a query or form, as PVE reads them: `;` separates like `&`, a second `=` ends a value."""
+    pairs = [part.split("=")[:2] for part in re.split("[&;]", text) if "=" in part]
+    return [urllib.parse.unquote_plus(value, "latin-1") for key, value in pairs if urllib.parse.unquote_plus(key) == name]
+
+
+def newid_of(query: str, body: bytes) -> str:
+    """The `newid` of a clone as PVE reads it: the query's, or else the body's, which is JSON or a form; without leading
+    zeros. "" if there is none, or more than one, which PVE refuses."""
+    in_body = [str(json_field(body, "newid"))] if body.lstrip()[:1] == b"{" else parameter(body.decode("latin-1"), "newid")
+    values = parameter(query, "newid") or in_body
+    return values[0].lstrip("0") if len(values) == 1 and re.fullmatch("[0-9]{1,20}", values[0]) else ""
+
+
 # The errors that say "locked, and nothing was created", whole texts by kind of guest (pve-container, qemu-server): those
 # of a refused POST, and those of a task that has removed what it made. Only after these a clone is sent again.
 _FIREWALL = r"|cfs-lock 'firewall-vm-NEWID' error: got lock request timeout"
@@ -1014,14 +1072,6 @@ def is_one_of(errors: dict[str, str], call: CloneCall, text: str) -> bool:
     """Whether a text of PVE's is one of these errors, of that very clone."""
     pattern = errors[call.kind].replace("SOURCE", re.escape(call.source)).replace("NEWID", re.escape(call.newid))
     return re.fullmatch(pattern, text) is not None
-
-
-def taken_text(call: CloneCall, taker: CloneJob) -> str:
-    """What PVE says to a clone whose VMID the taker's clone has taken."""
-    if call.kind == taker.call.kind == "qemu":
-        return f"unable to create VM {call.newid}: config file already exists"
-    kind, node = "CT" if taker.call.kind == "lxc" else "VM", node_of(taker.upid, taker.call.node)
-    return f"{kind} {call.newid} already exists on node '{node}'"
 
 
 def upid_of(answer: Answer) -> str | None:
@@ -1060,76 +1110,14 @@ class TaskProcess(contextlib.ExitStack):
         """Sleep until the next poll. Of a process elsewhere half of the time up to its expected end, and a tenth of the time
         since then, keep both the lag and the number of polls small; one that has ended here counts as running until it is
         reaped."""
-        now = time.monotonic()
-        pause = longest
+        now, pause = time.monotonic(), longest
         if self.ended_at:
             pause = max(0.001, now - self.ended_at)
         elif not self.is_here:
-            left = self._expected_end - now
-            pause = max(SHORTEST_POLL, left / 2, -left / 10)
+            pause = max(SHORTEST_POLL, (self._expected_end - now) / 2, (now - self._expected_end) / 10)
         for pidfd, _ in self._poll.poll(max(0.0, min(pause, longest, 3600.0)) * 1000):
             self.ended_at = time.monotonic()
             self._poll.unregister(pidfd)  # from now on this only sleeps
-
-
-class CloneCall(NamedTuple):
-    """A clone request as PVE reads it; `newid` is "" if there is none, or if the body has not been read."""
-
-    kind: str
-    node: str
-    source: str
-    newid: str
-    user: str
-
-    def __str__(self) -> str:
-        return f"{self.place} newid={word(self.newid)}"
-
-    @property
-    def place(self) -> str:
-        """How every line of a clone's begins."""
-        return f"node={word(self.node)} vmid={word(self.source)}"
-
-
-def user_of(message: Message) -> str:
-    """Who a request says it is: the name of its API token, or its ticket's user; never a secret."""
-    credentials = " ".join(message.values.get("authorization", []) + message.values.get("cookie", []))
-    match = _USER.search(credentials)
-    return printable(urllib.parse.unquote(match[1] or match[2])) if match else ""
-
-
-def clone_call(request: Request, qemu: bool) -> CloneCall | None:
-    """What a clone request asks for, as far as its head tells; None for any other request. It fails closed: what PVE
-    will refuse for its node or VMID counts too. Raises Refusal (501) for a format in which PVE runs clones as well, and
-    that nobody needs; `extjs` is the web GUI's, which has its own patience."""
-    if request.method != "POST":
-        return None
-    match request.path_parts():
-        case ["api2", format_, "nodes", node, "lxc" | "qemu" as kind, source, "clone"]:
-            if (kind == "qemu" and not qemu) or not re.fullmatch("[0-9]+", source) or format_ == "extjs":
-                return None
-            if format_ != "json":
-                raise Refusal(501, "clones are queued by /api2/json/ only; this format is not offered for them")
-            return CloneCall(kind, node, source, "", user_of(request))
-    return None
-
-
-def lacks_token(request: Request) -> bool:
-    """Whether it has a ticket without its CSRFPreventionToken: PVE refuses it, after 3 s that the worker need not wait."""
-    return "cookie" in request.values and not {"authorization", "csrfpreventiontoken"} & request.values.keys()
-
-
-def parameter(text: str, name: str) -> list[str]:
-    """The values of a parameter in a query or form, as PVE reads them: `;` separates like `&`, a second `=` ends a value."""
-    pairs = [part.split("=")[:2] for part in re.split("[&;]", text) if "=" in part]
-    return [urllib.parse.unquote_plus(value, "latin-1") for key, value in pairs if urllib.parse.unquote_plus(key) == name]
-
-
-def newid_of(query: str, body: bytes) -> str:
-    """The `newid` of a clone as PVE reads it: the query's, or else the body's, which is JSON or a form; without leading
-    zeros. "" if there is none, or more than one, which PVE refuses."""
-    in_body = [str(json_field(body, "newid"))] if body.lstrip()[:1] == b"{" else parameter(body.decode("latin-1"), "newid")
-    values = parameter(query, "newid") or in_body
-    return values[0].lstrip("0") if len(values) == 1 and re.fullmatch("[0-9]{1,20}", values[0]) else ""
 
 
 class Client:
@@ -1202,6 +1190,14 @@ class CloneJob:
         return began - self.queued_at, now - began
 
 
+def taken_text(call: CloneCall, taker: CloneJob) -> str:
+    """What PVE says to a clone whose VMID the taker's clone has taken."""
+    if call.kind == taker.call.kind == "qemu":
+        return f"unable to create VM {call.newid}: config file already exists"
+    kind, node = "CT" if taker.call.kind == "lxc" else "VM", node_of(taker.upid, taker.call.node)
+    return f"{kind} {call.newid} already exists on node '{node}'"
+
+
 class Hold:
     """Why the clones of a scope can't be tried now: since when, what PVE said, and when the first of them tries again.
     `vain` counts the tries in a row that found a source locked and not being cloned, once a clone's time was over."""
@@ -1235,6 +1231,11 @@ class Ended(NamedTuple):
     answer: Answer | None
     text: str
     line: str
+
+
+def gone_wrong(job: CloneJob, answer: Answer, text: str) -> Ended:
+    """The end of a clone that could not be done, or of which nobody knows the outcome."""
+    return Ended("failed", answer, text, f"CLONE ERROR: {job.call}: {text}")
 
 
 class QueueRefusal(Refusal):
@@ -1499,20 +1500,17 @@ class CloneQueue(queue.Queue[CloneJob]):
     def settle(self, job: CloneJob, result: Ended | PutOff) -> None:
         """The running job has ended, or its try made nothing and it is put off."""
         with self.mutex:
-            if not isinstance(result, Ended) or result.outcome != "completed":
-                for other in self.queue:  # PVE has removed what it made: those that want its VMID are in the line again
-                    if other.taken_by is job:
-                        other.taken_by = None
             # Whatever held its scopes is over; if it is put off, what held the wider ones: PVE has answered, so it is there.
-            over = job.scopes if isinstance(result, Ended) else job.scopes[: job.scopes.index(result.scope)]
-            for scope in over:
+            for scope in job.scopes[: job.scopes.index(result.scope)] if isinstance(result, PutOff) else job.scopes:
                 self.holds.pop(scope, None)
             if isinstance(result, Ended):
                 self._end(job, result)
-                self.running = None
-            else:
-                self.running = None
+            self.running = None
+            if isinstance(result, PutOff):
                 self._put_off(job, result)
+            for other in self.queue:  # unless it has succeeded, PVE has removed what it made: its VMID is free again
+                if other.taken_by is job and job.outcome != "completed":
+                    other.taken_by = None
             self._refuse_taken()
             self.all_tasks_done.notify_all()
 
@@ -1619,12 +1617,12 @@ class CloneQueue(queue.Queue[CloneJob]):
             "gives_up_in": round(hold.end_of(job) - now, 1) if hold else None,
         }
 
-    def counts(self) -> tuple[CloneCall | None, float, int, dict[str, int]]:
-        """What runs, for how long, how many wait, and the totals: little, since it is asked for four times a second."""
+    def summary(self) -> str:
+        """What it does, in one line: little, since it is asked for four times a second."""
         with self.mutex:
-            running = self.running
-            seconds = time.monotonic() - running.started_at if running else 0.0
-            return running.call if running else None, seconds, self._qsize(), dict(self.totals)
+            job, totals = self.running, self.totals
+            doing = f"cloning {job.call.node}/{job.call.source} for {time.monotonic() - job.started_at:.1f}s" if job else "idle"
+            return f"{doing}, {self._qsize()} waiting; {totals['completed']} done, {totals['failed']} failed"
 
     def snapshot(self) -> dict[str, Any]:
         """What runs, what waits, what has ended lately, totals and medians: as it goes into /status.json."""
@@ -1660,7 +1658,7 @@ class CloneWorker:
             except Exception:
                 log.exception("unexpected failure in a clone")
                 reason = "unexpected failure in the clone queue; the outcome of the clone is unknown"
-                result = Ended("failed", error_answer(Refusal(500, reason)), reason, f"CLONE ERROR: {job.call}: {reason}")
+                result = gone_wrong(job, error_answer(Refusal(500, reason)), reason)
             self._clones.settle(job, result)
 
     def _try(self, job: CloneJob) -> Ended | PutOff:
@@ -1672,7 +1670,7 @@ class CloneWorker:
                 return PutOff(PVE, error_answer(error), error.reason)
             if not isinstance(error, Unreachable):
                 error.reason += "; the outcome of the clone is unknown: see PVE's task list"
-            return Ended("failed", error_answer(error), error.reason, f"CLONE ERROR: {job.call}: {error.reason}")
+            return gone_wrong(job, error_answer(error), error.reason)
         upid = upid_of(answer)
         if upid is None:
             return self._refused(job, answer)
@@ -1692,19 +1690,16 @@ class CloneWorker:
         if answer.status == 595 and self._settings.lock_timeout:  # AnyEvent::HTTP: no connection to pvedaemon or that node
             return PutOff(job.scopes[1], answer, answer.reason)
         if job.failed and any("already exists" in text for text in texts):
-            text = "PVE's clean-up after the failed try left it behind"
-            return Ended("failed", job.failed, text, f"CLONE ERROR: {job.call}: {text}")
+            return gone_wrong(job, job.failed, "PVE's clean-up after the failed try left it behind")
         if answer.status < 300:
-            line = f"CLONE ERROR: {job.call}: PVE's answer holds no UPID that can be polled: {answer}"
-            return Ended("failed", answer, "no UPID that can be polled", line)
+            return gone_wrong(job, answer, f"PVE's answer holds no UPID that can be polled: {answer}")
         return Ended("failed", answer, answer.reason, f"CLONE FAILED: {job.call} status={answer}")
 
     def _stopped(self, job: CloneJob, answer: Answer, exit_status: str | None) -> Ended | PutOff:
         """What follows from a task's exit status."""
         facts = f"upid={printable(job.upid)} (elapsed: {time.monotonic() - job.started_at:.1f}s)"
         if exit_status is None:
-            text = "no longer waited for; the outcome is unknown"
-            return Ended("failed", job.answer or answer, text, f"CLONE ERROR: {job.call} {facts}: {text}")
+            return gone_wrong(job, job.answer or answer, f"no longer waited for; the outcome is unknown: {facts}")
         if exit_status == "OK" or exit_status.startswith("WARNINGS: "):
             line = f"CLONE COMPLETE: {job.call.place} {facts} newid={word(job.call.newid)}"
             return Ended("completed", answer, exit_status, line)
@@ -1729,36 +1724,32 @@ class CloneWorker:
     # Waiting for a task
 
     def _wait_for_task(self, job: CloneJob) -> str | None:
-        """Poll until the task has stopped: its exit status; None if nobody can tell any more whether it runs. When it takes
-        too long its client is told so, but the queue is held by it all the same."""
+        """Poll until the task has stopped: its exit status; None if for -task-timeout nothing has told that it still runs. When
+        it takes longer than that its client is told so, but the queue is held by it all the same."""
         timeout, delay = self._settings.task_timeout, max(self._settings.poll_delay, 0.01)
-        begin = last_success = next_line = time.monotonic()
-        deadline = begin + timeout  # for the client's 504; without end when it has it
+        begin = now = last_seen = next_line = time.monotonic()
         last_error = ""
         with TaskProcess(job.upid, job.started_at + self._clones.usual_time(job)) as process:
-            while True:
-                process.sleep(min(delay, deadline - time.monotonic()))
-                # Until then a silent backend must not hold up the client's answer for long.
-                seconds = min(max(1.0, deadline - time.monotonic()), self._settings.request_timeout)
-                exit_status, error = self._poll(job, job.upid, seconds)
+            while now - last_seen < timeout:
+                left = math.inf if job.answer else begin + timeout - now  # until its client is told
+                process.sleep(min(delay, left))
+                # A silent backend must not hold that up for long.
+                exit_status, error = self._poll(job, job.upid, min(max(1.0, left), self._settings.request_timeout))
                 if exit_status is not None:
                     return exit_status
                 now = time.monotonic()
-                last_success = last_success if error else now
+                if not process.ended_at and (process.is_here or not error):
+                    last_seen = now
                 if now >= next_line or (error and not last_error):
                     said = f"TASK POLL ERROR: {job.call}: {error}" if error else f"TASK POLLING: status=running {job.call}"
                     log.log(logging.WARNING if error else logging.INFO, "%s (elapsed: %.1fs)", said, now - begin)
                     next_line = now + min(max(0.5, now - begin), LONGEST_LINE_DISTANCE)
                 last_error = error
-                if now >= deadline:
-                    deadline = math.inf
+                if now - begin >= timeout and not job.answer:
                     reason = f"the clone task did not end within {timeout:g} s: {job.upid}"
-                    if self._clones.answer_running(error_answer(Refusal(504, reason, data=job.upid))):
-                        seconds = now - job.started_at
-                        log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), seconds)
-                lost = process.ended_at or (not process.is_here and now - last_success >= timeout)
-                if lost and deadline == math.inf:
-                    return None
+                    self._clones.answer_running(error_answer(Refusal(504, reason, data=job.upid)))
+                    log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), now - job.started_at)
+        return None
 
     def _poll(self, job: CloneJob, upid: str, seconds: float) -> tuple[str | None, str]:
         """A task's exit status, None while it runs or if PVE does not say; and why it does not."""
@@ -2549,12 +2540,9 @@ def open_listener(address: tuple[str, int]) -> socket.socket:
 
 
 def status_line(server: ProxyServer) -> str:
-    """What the queue does, in one line."""
-    running, seconds, waiting, totals = server.clones.counts()
+    """What the program does, in one line."""
     problem = server.backend.problem()
-    doing = f"PVE unreachable for {problem[1]:.0f}s, " if problem else ""
-    doing += f"cloning {running.node}/{running.source} for {seconds:.1f}s" if running else "idle"
-    return f"{doing}, {waiting} waiting; {totals['completed']} done, {totals['failed']} failed"
+    return (f"PVE unreachable for {problem[1]:.0f}s, " if problem else "") + server.clones.summary()
 
 
 def metrics(snapshot: dict[str, Any]) -> str:
@@ -2816,8 +2804,7 @@ def check(settings: Settings) -> int:
         "-listen": lambda: _check_listen(settings.listen),
         "-status-listen": lambda: _check_listen(settings.status_listen),
         "PVE": lambda: _check_pve(settings),
-        "tasks": lambda: "their processes on this host are seen, and so is their end" if os.path.exists("/proc/1/stat") else
-        "/proc shows no processes of other users: their end is seen by polling only",
+        "tasks": lambda: "their end is seen " + ("at once" if os.path.exists("/proc/1/stat") else "by polling: /proc hides them"),
     }
     status = 0
     for name, look in checks.items():
