@@ -1725,13 +1725,13 @@ class CloneWorker:
 
     def _wait_for_task(self, job: CloneJob) -> str | None:
         """Poll until the task has stopped: its exit status; None if for -task-timeout nothing has told that it still runs. When
-        it takes longer than that its client is told so, but the queue is held by it all the same."""
+        it takes longer than that its client is told so, but it holds the queue all the same."""
         timeout, delay = self._settings.task_timeout, max(self._settings.poll_delay, 0.01)
         begin = now = last_seen = next_line = time.monotonic()
         last_error = ""
         with TaskProcess(job.upid, job.started_at + self._clones.usual_time(job)) as process:
             while now - last_seen < timeout:
-                left = math.inf if job.answer else begin + timeout - now  # until its client is told
+                left = begin + timeout - now if now < begin + timeout else math.inf  # until its client is told
                 process.sleep(min(delay, left))
                 # A silent backend must not hold that up for long.
                 exit_status, error = self._poll(job, job.upid, min(max(1.0, left), self._settings.request_timeout))
@@ -1745,11 +1745,16 @@ class CloneWorker:
                     log.log(logging.WARNING if error else logging.INFO, "%s (elapsed: %.1fs)", said, now - begin)
                     next_line = now + min(max(0.5, now - begin), LONGEST_LINE_DISTANCE)
                 last_error = error
-                if now - begin >= timeout and not job.answer:
-                    reason = f"the clone task did not end within {timeout:g} s: {job.upid}"
-                    self._clones.answer_running(error_answer(Refusal(504, reason, data=job.upid)))
-                    log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), now - job.started_at)
+                if now >= begin + timeout:
+                    self._time_out(job)
         return None
+
+    def _time_out(self, job: CloneJob) -> None:
+        """Tell the client, once, that its task is taking too long."""
+        reason = f"the clone task did not end within {self._settings.task_timeout:g} s: {job.upid}"
+        if self._clones.answer_running(error_answer(Refusal(504, reason, data=job.upid))):
+            elapsed = time.monotonic() - job.started_at
+            log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), elapsed)
 
     def _poll(self, job: CloneJob, upid: str, seconds: float) -> tuple[str | None, str]:
         """A task's exit status, None while it runs or if PVE does not say; and why it does not."""
