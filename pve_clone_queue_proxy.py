@@ -273,6 +273,14 @@ class Refusal(Exception):
         super().__init__(reason)
         self.status, self.reason, self.data, self.retry_after = status, reason, data, retry_after
 
+    def answer(self) -> Answer:
+        """In the shape of PVE's errors: its clients show reason phrase and `message`."""
+        body = json.dumps({"data": self.data, "message": self.reason}).encode() + b"\n"
+        fields = [("Content-Type", "application/json;charset=UTF-8")]
+        if self.retry_after is not None:
+            fields.append(("Retry-After", str(self.retry_after)))
+        return Answer(self.status, printable(self.reason), fields, body)
+
 
 class Malformed(Refusal):
     """A message that is not HTTP as RFC 9112 has it; status and reason are for the client that sent it."""
@@ -614,10 +622,6 @@ class Answer(NamedTuple):
         """Status and reason phrase, for people."""
         return printable(f"{self.status} {self.reason}")
 
-    def json_field(self, name: str) -> object:
-        """That field of a JSON object in the body; None if there is no such thing."""
-        return json_field(self.body, name)
-
 
 def json_field(text: bytes, name: str) -> object:
     """That field of a JSON object; None if there is no such thing."""
@@ -625,15 +629,6 @@ def json_field(text: bytes, name: str) -> object:
         content = json.loads(text)
         return content.get(name) if isinstance(content, dict) else None
     return None
-
-
-def error_answer(refusal: Refusal) -> Answer:
-    """An error of the proxy's own in the shape of PVE's errors: its clients show reason phrase and `message`."""
-    body = json.dumps({"data": refusal.data, "message": refusal.reason}).encode() + b"\n"
-    fields = [("Content-Type", "application/json;charset=UTF-8")]
-    if refusal.retry_after is not None:
-        fields.append(("Retry-After", str(refusal.retry_after)))
-    return Answer(refusal.status, printable(refusal.reason), fields, body)
 
 
 # Backend: requests to the PVE API, by http.client with a strict reader of answers.
@@ -1076,7 +1071,7 @@ def is_one_of(errors: dict[str, str], call: CloneCall, text: str) -> bool:
 
 def upid_of(answer: Answer) -> str | None:
     """The UPID of an accepted clone, if the answer has one that can be polled."""
-    data = answer.json_field("data") if 200 <= answer.status < 300 else None
+    data = json_field(answer.body, "data") if 200 <= answer.status < 300 else None
     return data if isinstance(data, str) and _UPID.fullmatch(data) and data.isprintable() else None
 
 
@@ -1247,7 +1242,11 @@ class LoginRefusal(Refusal):
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer.status, answer.reason)
-        self.answer = answer
+        self._answer = answer
+
+    def answer(self) -> Answer:
+        """As PVE gave it."""
+        return self._answer
 
 
 class CloneQueue(queue.Queue[CloneJob]):
@@ -1456,7 +1455,7 @@ class CloneQueue(queue.Queue[CloneJob]):
         for job in [job for job in taken if not job.client.left][: self._refuse_at_once]:
             text = taken_text(job.call, taken[job])
             line = f"CLONE FAILED: {job.call} status=500 {printable(text)} (taken)"
-            self._end(job, Ended("taken", error_answer(Refusal(500, text)), text, line))
+            self._end(job, Ended("taken", Refusal(500, text).answer(), text, line))
             self._expected_until, self._returned = now + RETURN_SECONDS, None
 
     # What the worker calls
@@ -1484,7 +1483,7 @@ class CloneQueue(queue.Queue[CloneJob]):
             job = self.running
             if not job or job.answer:
                 return False
-            job.answer = answer or job.accepted or error_answer(Refusal(504, reason))
+            job.answer = answer or job.accepted or Refusal(504, reason).answer()
             job.client.event.set()
             return True
 
@@ -1535,7 +1534,7 @@ class CloneQueue(queue.Queue[CloneJob]):
         hold.pause = min(LONGEST_RETRY, 1.5 * hold.pause)
         if put_off.scope == job.source and hold.vain < STUCK_TRIES:
             return
-        own = error_answer(Refusal(max(put_off.answer.status, 500), hold.text))
+        own = Refusal(max(put_off.answer.status, 500), hold.text).answer()
         for other in over:
             answer = put_off.answer if other is job else own
             line = f"CLONE FAILED: {other.call} status={answer}: {printable(hold.text)}"
@@ -1569,7 +1568,7 @@ class CloneQueue(queue.Queue[CloneJob]):
 
     def _end_unstarted(self, job: CloneJob) -> None:
         """End a waiting job since the program ends: with 503, or with the answer to its failed task."""
-        answer = job.failed or error_answer(Refusal(503, SHUTTING_DOWN, retry_after=5))
+        answer = job.failed or Refusal(503, SHUTTING_DOWN, retry_after=5).answer()
         line = f"CLONE REJECTED: shutting down: {job.call}"
         self._end(job, Ended("failed" if job.failed else "rejected", answer, "shutting down", line))
 
@@ -1658,7 +1657,7 @@ class CloneWorker:
             except Exception:
                 log.exception("unexpected failure in a clone")
                 reason = "unexpected failure in the clone queue; the outcome of the clone is unknown"
-                result = gone_wrong(job, error_answer(Refusal(500, reason)), reason)
+                result = gone_wrong(job, Refusal(500, reason).answer(), reason)
             self._clones.settle(job, result)
 
     def _try(self, job: CloneJob) -> Ended | PutOff:
@@ -1667,10 +1666,10 @@ class CloneWorker:
             answer = self._backend.exchange(job.outgoing, self._settings.request_timeout)
         except BackendError as error:
             if isinstance(error, Away) and self._settings.lock_timeout:
-                return PutOff(PVE, error_answer(error), error.reason)
+                return PutOff(PVE, error.answer(), error.reason)
             if not isinstance(error, Unreachable):
                 error.reason += "; the outcome of the clone is unknown: see PVE's task list"
-            return gone_wrong(job, error_answer(error), error.reason)
+            return gone_wrong(job, error.answer(), error.reason)
         upid = upid_of(answer)
         if upid is None:
             return self._refused(job, answer)
@@ -1683,7 +1682,7 @@ class CloneWorker:
 
     def _refused(self, job: CloneJob, answer: Answer) -> Ended | PutOff:
         """What follows from an answer without a UPID."""
-        texts = [answer.reason, str(answer.json_field("message")).removesuffix("\n")]
+        texts = [answer.reason, str(json_field(answer.body, "message")).removesuffix("\n")]
         locked = next((text for text in texts if answer.status == 500 and is_one_of(LOCKED, job.call, text)), None)
         if locked and self._settings.lock_timeout:
             return PutOff(job.source, answer, locked, self._is_being_cloned(job))
@@ -1752,7 +1751,7 @@ class CloneWorker:
     def _time_out(self, job: CloneJob) -> None:
         """Tell the client, once, that its task is taking too long."""
         reason = f"the clone task did not end within {self._settings.task_timeout:g} s: {job.upid}"
-        if self._clones.answer_running(error_answer(Refusal(504, reason, data=job.upid))):
+        if self._clones.answer_running(Refusal(504, reason, data=job.upid).answer()):
             elapsed = time.monotonic() - job.started_at
             log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), elapsed)
 
@@ -1771,7 +1770,7 @@ class CloneWorker:
             answer = self._backend.exchange(Outgoing("GET", f"/api2/json/nodes/{path}", job.poll_fields), seconds)
         except BackendError as error:
             return None, error.reason
-        return (answer.json_field("data"), "") if answer.status == 200 else (None, str(answer))
+        return (json_field(answer.body, "data"), "") if answer.status == 200 else (None, str(answer))
 
 
 # VMIDs: `/cluster/nextid` gives two clients the same number until PVE has started a clone with it.
@@ -1815,7 +1814,7 @@ class Reservations:
 
     def _next_free(self, path: str, first: Answer, owner: Owner, ask: Ask) -> Answer:
         """PVE's first answer, or the one for the next number above that is neither spoken for nor taken."""
-        number = str(first.json_field("data"))
+        number = str(json_field(first.body, "data"))
         if not re.fullmatch("[0-9]{3,9}", number) or self._claim(number, handed_to=owner):
             return first
         above = map(str, range(int(number) + 1, 1_000_000_000))
@@ -2164,7 +2163,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             log.warning("RELAY CUT OFF: %s: %s", self.message, refusal.reason)
         else:
             with contextlib.suppress(Disconnected, Stalled):
-                self._respond_whole(refusal.answer if isinstance(refusal, LoginRefusal) else error_answer(refusal))
+                self._respond_whole(refusal.answer())
                 if self.unread or self.wire.readable():
                     self._linger()
 

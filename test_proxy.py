@@ -2773,7 +2773,7 @@ def work_on_clones(backend: program.Backend) -> program.CloneQueue:
 
 def refusal(text: str) -> program.Answer:
     """PVE's answer to a clone that it refuses."""
-    return program.error_answer(program.Refusal(500, text))
+    return program.Refusal(500, text).answer()
 
 
 class Clock:
