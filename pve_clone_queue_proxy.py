@@ -236,10 +236,6 @@ TARGET = re.compile(rf"(/(?!/).*)|(?i:https?)://(?=[^/?]){HOST.pattern}((?:/(?!/
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")  # RFC 9110 8.6
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # RFC 9112 7.1, 7.1.1
-# RFC 9110 15.2: whole interim answers, of which an upgrade (101) is none.
-_INTERIM = rf"\A(?:HTTP/1\.[01] 1(?!01)[0-9]{{2}}(?: [\t -~\x80-\xff]*)?\r\n(?:{FIELD.pattern})*+\r\n)*"
-INTERIM = re.compile(_INTERIM.encode(), re.MULTILINE)
-INTERIM_BEGIN = b"HTTP/1.1 1"
 
 MAX_LINE = 16 * 1024
 MAX_HEAD = 64 * 1024
@@ -643,6 +639,7 @@ POOL_SECONDS = 4.0
 POOL_SIZE = 64
 MAX_ANSWER = 1024 * 1024
 MAX_INTERIM = 10
+INTERIM_BEGIN = b"HTTP/1.1 1"  # of an answer behind which another one follows (RFC 9110 15.2)
 LOOK_SECONDS = 1.0  # between two looks at idle connections, and for a backend that is away
 
 
@@ -651,19 +648,11 @@ class BackendError(Refusal):
 
 
 class Unreachable(BackendError):
-    """No connection could be made, for this `problem`: nothing was sent."""
-
-    def __init__(self, status: int, address: BackendAddress, problem: str) -> None:
-        super().__init__(status, f"{address} can't be reached: {problem}")
-        self.problem = problem
+    """No connection could be made: nothing was sent."""
 
 
 class Away(Unreachable):
     """The same, but it may be different in a moment: refused, no route, no answer. Not a certificate or a name."""
-
-
-class StaleConnection(BackendError):
-    """A connection that was kept alive turned out closed before one byte of an answer."""
 
 
 class AnsweredEarly(Exception):
@@ -787,8 +776,9 @@ class BackendConnection(http.client.HTTPConnection):
     response_class = BackendResponse  # type: ignore[assignment]
     auto_open = 0  # a closed connection is not silently opened again
 
-    def __init__(self, backend: Backend, seconds: float) -> None:
-        """Connect, within that time for each address. Raises Unreachable."""
+    def __init__(self, backend: Backend, end: float | None = None) -> None:
+        """Connect, until that time or else within the limit on silence, to each address. Raises Unreachable."""
+        seconds = backend.silence if end is None else max(end - time.monotonic(), 0.01)
         super().__init__(backend.address.host, backend.address.port, timeout=seconds)
         self.backend = backend
         self.idle_since = 0.0  # 0 until it has served a request
@@ -798,10 +788,13 @@ class BackendConnection(http.client.HTTPConnection):
                 self.sock = backend.context.wrap_socket(self.sock, server_hostname=self.host)
         except (OSError, UnicodeError) as error:
             self.close()
-            if isinstance(error, TimeoutError):
-                raise Away(504, backend.address, f"it did not accept a connection within {seconds:g} s") from None
+            late = isinstance(error, TimeoutError)
+            problem = f"it did not accept a connection within {round(seconds, 1):g} s" if late else reason_of(error)
+            backend.note(problem)
             lasting = isinstance(error, (ssl.SSLError, socket.gaierror, UnicodeError)) and not isinstance(error, ssl.SSLEOFError)
-            raise (Unreachable if lasting else Away)(502, backend.address, reason_of(error)) from None
+            kind = Unreachable if lasting else Away
+            raise kind(504 if late else 502, f"{backend.address} can't be reached: {problem}") from None
+        backend.note("")
         self.sock = self.wire = Wire(self.sock, backend.silence)
 
     def exchange(self, outgoing: Outgoing, check: Check | None, end: float | None) -> BackendResponse:
@@ -817,8 +810,9 @@ class BackendConnection(http.client.HTTPConnection):
                 raise Malformed(502, "a 101 that was not asked for")
         except (Malformed, Disconnected, Stalled) as error:
             self.close()
+            # It was kept alive and turned out closed before one byte of an answer.
             if self.idle_since and isinstance(error, Disconnected) and not (wire.buffer or wire.heads):
-                raise StaleConnection(502, "a kept-alive connection was closed") from None
+                return BackendConnection(self.backend, end).exchange(outgoing, check, end)
             raise self.failure(error) from None
         except BaseException:
             self.close()
@@ -847,8 +841,7 @@ class BackendConnection(http.client.HTTPConnection):
             buffer += self.wire.receive_now() or b""
         except Disconnected:
             raise AnsweredEarly from None
-        rest = INTERIM.sub(b"", buffer, count=1)
-        if rest[:10] != INTERIM_BEGIN[: len(rest)] or b"\r\n\r\n" in rest or len(rest) > MAX_HEAD:
+        if buffer[:10] != INTERIM_BEGIN[: len(buffer)] or len(buffer) > MAX_HEAD:
             raise AnsweredEarly
 
     def failure(self, error: Exception) -> BackendError:
@@ -880,13 +873,9 @@ class Backend:
     def open(self, outgoing: Outgoing, check: Check | None = None, seconds: float | None = None) -> BackendResponse:
         """Send a request and read the head of its final answer; to be used in a `with`. `check` is called while the
         backend is waited for and may raise; `seconds` bounds the whole exchange. Raises BackendError."""
-        end = None if seconds is None else time.monotonic() + seconds
-        if outgoing.repeatable and (connection := self._take()):
-            try:
-                return connection.exchange(outgoing, check, end)
-            except StaleConnection:
-                pass
-        return self.connect(seconds).exchange(outgoing, check, end)
+        end = seconds and time.monotonic() + seconds
+        connection = (self._take() if outgoing.repeatable else None) or BackendConnection(self, end)
+        return connection.exchange(outgoing, check, end)
 
     def exchange(self, outgoing: Outgoing, seconds: float, check: Check | None = None) -> Answer:
         """The whole answer, within that time. Raises BackendError."""
@@ -895,16 +884,6 @@ class Backend:
             body = whole(response, MAX_ANSWER, too_large)
         head = response.head
         return Answer(head.status, head.reason, head.end_to_end(HOP_BY_HOP | {"content-length"}), body)
-
-    def connect(self, seconds: float | None = None) -> BackendConnection:
-        """A fresh connection, made within that time. Raises Unreachable."""
-        try:
-            connection = BackendConnection(self, seconds or self.silence)
-        except Unreachable as error:
-            self._note(error.problem)
-            raise
-        self._note("")
-        return connection
 
     def _take(self) -> BackendConnection | None:
         """An idle connection that is still silent."""
@@ -931,7 +910,7 @@ class Backend:
         with self._lock:
             return (self._problem[0], time.monotonic() - self._problem[1]) if self._problem else None
 
-    def _note(self, problem: str) -> None:
+    def note(self, problem: str) -> None:
         """Say once when it can't be reached any more, and once when it can again."""
         with self._lock:
             before = self._problem
@@ -944,7 +923,7 @@ class Backend:
     def look(self) -> None:
         """See whether it can be reached, and say so if that has changed."""
         with contextlib.suppress(Unreachable):
-            self.connect().close()
+            BackendConnection(self).close()
 
     def look_around(self) -> NoReturn:
         """Look at the start, and then for its return while it is away, which is so seen without a request, too. Close the
