@@ -2846,8 +2846,8 @@ def serve(server: ProxyServer) -> None:
     """Run until SIGTERM or SIGINT."""
     worker = CloneWorker(server.settings, server.backend, server.clones, server.reservations.release)
     threading.Thread(target=run_vital, args=[worker.run], name="clone worker", daemon=True).start()
-    threading.Thread(target=run_vital, args=[server.serve_forever, SHUTDOWN_POLL_SECONDS], name="accept", daemon=True).start()
     threading.Thread(target=run_vital, args=[server.backend.look_around], name="look", daemon=True).start()
+    threading.Thread(target=run_vital, args=[server.serve_forever, SHUTDOWN_POLL_SECONDS], name="accept", daemon=True).start()
     notify("READY=1")
     status = ""
     while not signal.sigtimedwait(SIGNALS, HOUSEKEEPING_SECONDS):
