@@ -311,17 +311,19 @@ class FakePVE(Closing):
         self.context = server_context(tls) if tls else None
         self._listed: list[Task] = []
         self._listed_at = 0.0
-        self._listen(port)
+        # Held for life, without listening: while PVE is away the kernel gives its port to nobody else.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", port))
+        self.port: int = self._reserved.getsockname()[1]
+        self._listen()
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
 
-    def _listen(self, port: int) -> None:
-        """Serve on that port, or on a free one."""
-
+    def _listen(self) -> None:
         class Handler(FakePVEHandler):
             pve = self
 
-        self.server = QuietServer(("127.0.0.1", port), Handler)
-        self.port: int = self.server.server_address[1]
+        self.server = QuietServer(("127.0.0.1", self.port), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def go_away(self) -> None:
@@ -338,13 +340,14 @@ class FakePVE(Closing):
 
     def come_back(self) -> None:
         self.away = False
-        self._listen(self.port)
+        self._listen()
 
     def close(self) -> None:
         """Stop listening and end what hangs or runs."""
         self.hanging.set()
         self.server.shutdown()
         self.server.server_close()
+        self._reserved.close()
         with self.lock:
             tasks = list(self.tasks.values())
         for task in tasks:
@@ -1375,11 +1378,12 @@ class Chooser:
         return json.loads(answer.body)["data"]
 
 
-def unused_port() -> int:
-    """A port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port: int = unused.getsockname()[1]
-        return port
+@contextlib.contextmanager
+def unused_port() -> Iterator[int]:
+    """A port on which nobody listens, given to nobody else meanwhile."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield unused.getsockname()[1]
 
 
 def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
@@ -1936,7 +1940,7 @@ class Relaying(unittest.TestCase):
             self.assertEqual((backend.requests[0].get("expect"), backend.requests[0].body), (None, b"abc"))
 
     def test_error_of_an_unreachable_backend_has_pves_shape_and_for_head_no_body(self) -> None:
-        with Proxy(f"https://127.0.0.1:{unused_port()}") as proxy, proxy.wire() as wire:
+        with unused_port() as port, Proxy(f"https://127.0.0.1:{port}") as proxy, proxy.wire() as wire:
             response = proxy.get("/")
             self.assertEqual(response.status, 502)
             self.assertEqual(json.loads(response.body), {"data": None, "message": response.first[13:].decode()})
@@ -2623,7 +2627,7 @@ class Strangers(unittest.TestCase):
             self.assertEqual(proxy.clone(201).body, b"ok")
 
     def test_pve_out_of_reach_is_said_at_once(self) -> None:
-        with Proxy(f"http://127.0.0.1:{unused_port()}", "-lock-timeout", "0") as proxy:
+        with unused_port() as port, Proxy(f"http://127.0.0.1:{port}", "-lock-timeout", "0") as proxy:
             self.assertEqual(proxy.clone(201).status, 502)
             proxy.stop()
             self.assertEqual(proxy.lines("CLONE QUEUED"), [])
