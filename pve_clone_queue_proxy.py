@@ -227,7 +227,7 @@ FIELD = re.compile(rf"^({TOKEN}++):[ \t]*+((?:{VALUE}*[^\x00-\x20\x7f])?)[ \t]*+
 # RFC 9112 2.2: bare CR and bare LF are refused, and so are control bytes. Seen as soon as they arrive.
 BAD_HEAD_BYTE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 # RFC 9112 3: one blank between the parts; RFC 3986: a target is visible ASCII, and a fragment is never sent.
-REQUEST_LINE = re.compile(rf"({TOKEN}{{1,64}}) ([!\"$-~]+) HTTP/([0-9])\.([0-9])")
+REQUEST_LINE = re.compile(rf"({TOKEN}{{1,64}}) ([!\"$-~]+) HTTP/1\.([0-9])")
 # RFC 9110 7.2 with RFC 3986 3.2.2, userinfo left out
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
 # RFC 9112 3.2.1 and 3.2.2: a path, whose first part is not empty; or a URL, of which path and query alone are used.
@@ -243,9 +243,9 @@ MAX_CHUNK_LINE = 256
 RECEIVE_SIZE = 64 * 1024
 CHECK_SECONDS = 0.5
 
-# Lengths of a body that are not a number of bytes: RFC 9112 6.3, items 4 and 8.
+# Lengths of a body that are not known: RFC 9112 6.3, items 4 and 8.
 CHUNKED = -1
-UNTIL_CLOSE = -2
+UNTIL_CLOSE = sys.maxsize
 
 # RFC 9110 7.6.1 names the first six; the proxy's own authentication and Trailer end here too (trailers are dropped).
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "trailer",
@@ -290,8 +290,11 @@ class EndOfStream(Disconnected):
     """The same, in good order: the peer closed it."""
 
 
-class Stalled(Exception):
+class Stalled(Refusal):
     """The peer did not send or take a byte before the deadline."""
+
+    def __init__(self) -> None:
+        super().__init__(408, "the client is too slow: it did not send or take a byte in time")
 
 
 def printable(text: str, limit: int = 300) -> str:
@@ -391,13 +394,11 @@ class Wire:
 
     def body(self, length: int) -> Iterator[bytes]:
         """The decoded pieces of a body as they arrive. Raises Malformed."""
-        if length == CHUNKED:
-            yield from self._chunks()
-        elif length == UNTIL_CLOSE:
-            with contextlib.suppress(EndOfStream):
-                yield from self._exactly(sys.maxsize)
-        else:
-            yield from self._exactly(length)
+        try:
+            yield from self._chunks() if length == CHUNKED else self._exactly(length)
+        except EndOfStream:
+            if length != UNTIL_CLOSE:
+                raise
 
     def take(self, length: int) -> bytes:
         """What `buffer` holds, at most `length` bytes."""
@@ -537,10 +538,8 @@ class Request(Message):
         start_line, _, block = head.partition("\r\n")
         match = REQUEST_LINE.fullmatch(start_line)
         if not match:
-            raise Malformed(400, "a malformed request line (RFC 9112 3)")
-        self.method, target, major, minor = match.groups()
-        if major != "1":
-            raise Malformed(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+            raise Malformed(400, "a malformed request line, or not HTTP/1.1 or HTTP/1.0 (RFC 9112 3)")
+        self.method, target, minor = match.groups()
         super().__init__(block, minor != "0")
         # PVE's parser takes `_` for `-`, so these would be second fields of that name to it and another one to us.
         if "_" in block and any("_" in name and name.replace("_", "-") in REQUEST_DROP | PROTECTED for name in self.values):
@@ -554,9 +553,7 @@ class Request(Message):
         if not HOST.fullmatch(self.one("host") or ""):
             raise Malformed(400, "a malformed Host field")
         self.length = self.framing(0)
-        self.expects_continue = "expect" in self.values and self.http11
-        if self.expects_continue and self.tokens("expect") != {"100-continue"}:
-            raise Malformed(417, "an Expect other than 100-continue")
+        self.expects_continue = self.http11 and "100-continue" in self.tokens("expect")
         # Other upgrades are not offered to the backend: behind an h2c upgrade, say, clones would pass unseen.
         upgrade = "upgrade" in self.values and (self.method, self.http11, self.length) == ("GET", True, 0)
         self.upgrade = upgrade and self.tokens("upgrade") == {"websocket"} and "upgrade" in self.options
@@ -655,7 +652,7 @@ UPGRADE_FIELD = ("Connection", "Upgrade")
 
 class Outgoing:
     """A request as PVE gets it: method, target, all fields, and the body: bytes, or a function that gives its pieces as
-    they arrive and calls what it is given while it waits for them."""
+    they arrive and calls what it is given before each of them, and while it waits for them."""
 
     def __init__(self, method: str, target: str, fields: Fields, body: bytes | BodyReader | None = None) -> None:
         """The one place that refuses what PVE would misread: raises Refusal (431)."""
@@ -717,8 +714,8 @@ class BackendResponse:
 
     def take(self) -> bytes:
         """What has come of the body with its head, unless it is chunked."""
-        data = self.wire.take(self._left if self._left >= 0 else sys.maxsize) if self._left != CHUNKED else b""
-        self._left -= len(data) if self._left > 0 else 0
+        data = self.wire.take(self._left) if self._left != CHUNKED else b""
+        self._left -= len(data) if self._left != UNTIL_CLOSE else 0
         return data
 
     def __iter__(self) -> Iterator[bytes]:
@@ -803,19 +800,14 @@ class BackendConnection(http.client.HTTPConnection):
     def _send(self, outgoing: Outgoing) -> None:
         self.putrequest(outgoing.method, outgoing.target, skip_host=True, skip_accept_encoding=True)
         self._output(outgoing.lines)  # type: ignore[attr-defined]  # in place of putheader, which would check each field again
-        body = self._pieces(outgoing.body) if callable(outgoing.body) else outgoing.body
+        body = outgoing.body(self._look_for_answer) if callable(outgoing.body) else outgoing.body
         try:
             self.endheaders(body, encode_chunked=outgoing.chunked)
         except (Disconnected, AnsweredEarly):
             return  # what it said before can still be read
 
-    def _pieces(self, body: BodyReader) -> Iterator[bytes]:
-        """The pieces of a body, until the backend has begun its final answer. Raises AnsweredEarly."""
-        for piece in body(self._look_for_answer):
-            self._look_for_answer()
-            yield piece
-
     def _look_for_answer(self) -> None:
+        """Raise AnsweredEarly when the backend has begun its final answer, or closed."""
         buffer = self.wire.buffer
         try:
             buffer += self.wire.receive_now() or b""
@@ -1818,7 +1810,6 @@ def is_next_id(request: Request) -> bool:
 
 HEAD_SECONDS = 30.0  # for a request's head, from its first byte; and for the first byte of a connection
 IDLE_SECONDS = 180.0  # between two requests; Caddy keeps its idle connections for 120 s
-HANDSHAKE_SECONDS = 10.0
 LINGER_SECONDS = 5.0  # how long an answered client may go on sending before its connection is closed
 HALF_CLOSED_SECONDS = 300.0  # silence after which a tunnel that is closed on one side is given up
 MAX_CLONE_BODY = 512 * 1024  # PVE's own limit
@@ -1928,11 +1919,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Join the server's connections. What can fail comes later, in `handle`."""
         self.sock: socket.socket = self.request
         self.peer = plain_address(str(self.client_address[0])) or "0.0.0.0"
-        self.message: Request | None = None
-        self.http11, self.command = True, ""  # of the request in hand
+        self.message: Request | None = None  # the request in hand, or the one before it
         self.unread = False  # a part of it
         self.responding = False
-        self.answered = False  # at least one request
         self.credit = SLOW_SECONDS
         self.paid_until = math.inf  # see `_await_client`; written by this thread alone
         self.server.join(self)
@@ -1942,14 +1931,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_tcp_alive(self.sock)
-            if self.server.tls:
-                self.sock.settimeout(HANDSHAKE_SECONDS)
-                # At once in place of the plain socket, which it takes the descriptor from: else `wake` could not reach it.
+            if self.server.tls:  # its handshake comes with the first read
                 self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-                self.sock.do_handshake()
             self.wire = Wire(self.sock, self.server.backend.silence)
             self.watch = Client(self.sock.fileno(), self.peer)
             super().handle()
+            if not self.responding and (self.unread or self.wire.readable()):
+                self._linger()
         except OSError as error:
             log.debug("a connection ended: %s", error)
 
@@ -1960,31 +1948,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             close_notify(self.sock)
         self.sock.close()
 
-    def has_input(self) -> bool:
-        """Whether a request may have arrived. Asked by another thread, which holds the server's lock."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return bool(self.wire.buffer or poll.poll(0))
-
-    def wake(self) -> None:
-        """End the connection from another thread, which holds the server's lock."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
     def handle_one_request(self) -> None:
         """Read a request and answer it. The one place where failures become answers."""
         self.close_connection = True
         try:
             self._answer(self._read_request())
-            self.answered = True
-            if self.unread or (self.close_connection and self.wire.readable()):
-                self._linger()
-            elif not self.close_connection:
+            if not self.close_connection:
                 self.close_connection = not self.server.enter(self, Activity.IDLE)
         except Refusal as refusal:
             self._refuse(refusal)
-        except Stalled:
-            self._refuse(Refusal(408, "the client is too slow"))
         except (Disconnected, ClientGone):
             self.close_connection = True
         except Exception:
@@ -1993,23 +1965,28 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     # Reading a request
 
+    def _check_drain(self) -> None:
+        """Called when half a second has brought nothing of a request: then a draining proxy need not wait for one."""
+        if self.server.draining.is_set():
+            raise Disconnected
+
     def _read_request(self) -> Request:
         """The next request, its body not read yet. Raises Refusal, and Disconnected if there is none."""
         wire = self.wire
-        self.unread = True
+        wire.check = self._check_drain
         if not wire.buffer:
-            wire.end = time.monotonic() + (IDLE_SECONDS if self.answered else HEAD_SECONDS)
+            wire.end = time.monotonic() + (IDLE_SECONDS if self.message else HEAD_SECONDS)
             try:
                 wire.buffer += wire.receive(later=True)
             except Stalled:
                 raise Disconnected from None
+        self.unread, self.message = True, None
         wire.end = time.monotonic() + HEAD_SECONDS
         head = wire.head().removeprefix("\r\n")  # RFC 9112 2.2: old clients send an empty line behind a body
-        wire.end = None
+        wire.check = wire.end = None
         if not self.server.enter(self, Activity.BUSY):
             raise Disconnected
         self.message = request = Request(head)
-        self.command, self.http11 = request.method, request.http11
         self.unread = request.length != 0
         self.close_connection = not request.keep_alive
         return request
@@ -2028,13 +2005,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             wire.check = check
             for piece in wire.body(request.length):
                 self._note_moved(len(piece))
+                if check:
+                    check()
                 yield piece
                 self._await_client()
             self.unread = False
-        except Malformed as error:
+        except (Malformed, Stalled) as error:
             raise Refusal(error.status, error.reason) from None
-        except Stalled:
-            raise Refusal(408, "the request's body did not arrive in time") from None
         except Disconnected:
             raise ClientGone from None
         finally:
@@ -2080,15 +2057,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Send an answer, framed for this client; the number of bytes of its body. What is there of it, `first`, goes out
         with the head."""
         self.wire.check = self.wire.end = None  # a request that did not arrive whole may have left them
-        chunked = length == CHUNKED and self.http11
-        until_close = length < 0 and not chunked
+        http11 = not self.message or self.message.http11
+        chunked = length == CHUNKED and http11
+        until_close = length in (CHUNKED, UNTIL_CLOSE) and not chunked
         if until_close or self.unread or self.server.draining.is_set():
             self.close_connection = True
         if until_close:  # if it is cut off, be it by the end of the process, a reset keeps it from looking whole
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if chunked:
             fields.append(CHUNKED_FIELD)
-        if self.close_connection or not self.http11:
+        if self.close_connection or not http11:
             fields.append(("Connection", "close" if self.close_connection else "keep-alive"))
         self.responding = True
         self._send_head(status, reason, fields)
@@ -2110,7 +2088,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _respond_whole(self, answer: Answer) -> None:
         length = [("Content-Length", str(len(answer.body)))] if answer.status not in (204, 304) else []
-        body = b"" if self.command == "HEAD" else answer.body
+        body = b"" if self.message and self.message.method == "HEAD" else answer.body
         self._respond(answer.status, answer.reason, answer.fields + length, len(answer.body), body)
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -2123,13 +2101,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         else:
             with contextlib.suppress(Disconnected, Stalled):
                 self._respond_whole(refusal.answer())
-                if self.unread or self.wire.readable():
-                    self._linger()
 
     def _linger(self) -> None:
         """Let a client that is still sending read its answer: closing at once would destroy it by a RST (RFC 9112
         9.6). What arrives is dropped, undecrypted."""
-        self.close_connection = True
         self.server.enter(self, Activity.IDLE)  # it has its answer, and may make room
         deadline = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):
@@ -2176,7 +2151,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 return None
             if request.method == "POST":
                 self._note_failed_login(request, response)
-            for interim in response.interim if self.http11 else ():
+            for interim in response.interim if request.http11 else ():
                 self._send_head(interim.status, interim.reason, interim.relayed_fields())
             first = response.take()
             rest = () if response.isclosed() else response
@@ -2261,16 +2236,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         queue."""
         end = time.monotonic() + self.server.settings.lock_timeout
         while True:
-            over = time.monotonic() >= end
             try:
                 answer = self.server.backend.exchange(login, self.server.backend.silence, client.check)
-                if answer.status == 401 or (answer.status == 595 and over):
-                    raise LoginRefusal(answer)
-                if answer.status != 595:
+                if answer.status not in (401, 595):
                     return
-            except Away:
-                if over:
-                    raise
+                refusal: Refusal = LoginRefusal(answer)
+            except Away as error:
+                refusal = error
+            if refusal.status == 401 or time.monotonic() >= end:
+                raise refusal
             client.check()
             if self.server.draining.wait(LONGEST_RETRY):
                 raise Refusal(503, SHUTTING_DOWN, retry_after=5)
@@ -2440,22 +2414,19 @@ class ProxyServer(ListeningServer):
     def _end(self, handlers: list[ProxyHandler]) -> None:
         for handler in handlers:
             self._activities[handler] = None
-            handler.wake()
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(handler.sock, socket.SHUT_RDWR)  # wakes its thread
 
     def drain(self) -> None:
-        """From now on connections close behind their answers. Idle ones and tunnels are ended at once; those on which a
-        request has arrived, or that are too new to tell, only when this is called again."""
+        """From now on connections close behind their answers, or when no request comes. Tunnels are ended at once."""
         with self.lock:
-            idle = self._those_that(Activity.IDLE)
-            if not self.draining.is_set():
-                idle = [handler for handler in idle if handler.answered and not handler.has_input()]
             self.draining.set()
-            self._end(idle + self._those_that(Activity.TUNNEL))
+            self._end(self._those_that(Activity.TUNNEL))
 
-    def wait_until_closed(self, deadline: float) -> bool:
-        """Wait for all connections to close; False if some are left at the deadline."""
+    def wait_until_closed(self, deadline: float) -> None:
+        """Wait for all connections to close, at most until the deadline."""
         with self.lock:
-            return self.closed.wait_for(lambda: not self.connections, max(0.0, deadline - time.monotonic()))
+            self.closed.wait_for(lambda: not self.connections, max(0.0, deadline - time.monotonic()))
 
     def count(self, name: str) -> int:
         """Count one more of STATUS_CLASSES, `backend_errors` or `refused_connections`: how many there are now."""
@@ -2867,8 +2838,6 @@ def stop(server: ProxyServer) -> None:
     server.server_close()
     server.clones.drain()
     server.drain()
-    if not server.wait_until_closed(begin + 1):
-        server.drain()  # who still has said nothing
     server.clones.wait_until_idle(begin + DRAIN_SECONDS)
     server.wait_until_closed(begin + DRAIN_SECONDS)
     server.clones.answer_running()
