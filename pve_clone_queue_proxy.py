@@ -136,22 +136,11 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class BackendAddress(NamedTuple):
-    """Where the PVE API listens; `str()` gives its URL."""
-
-    scheme: str
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{host_port(self.host, self.port)}"
-
-
-def parse_backend(text: str) -> BackendAddress:
-    """The backend of a URL without a path."""
+def parse_backend(text: str) -> urllib.parse.SplitResult:
+    """The backend's URL, with its port; it has no path."""
     host = r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
     match = match_value(f"(https?)://({host})(?::({_PORT}))?/?", text, "want http(s)://HOST[:PORT] without a path")
-    return BackendAddress(match[1], match[2].strip("[]"), int(match[3] or {"http": 80, "https": 443}[match[1]]))
+    return urllib.parse.urlsplit(f"{match[1]}://{match[2]}:{match[3] or {'http': 80, 'https': 443}[match[1]]}")
 
 
 def parse_file(text: str) -> str:
@@ -291,10 +280,7 @@ class EndOfStream(Disconnected):
 
 
 class Stalled(Refusal):
-    """The peer did not send or take a byte before the deadline."""
-
-    def __init__(self) -> None:
-        super().__init__(408, "the client is too slow: it did not send or take a byte in time")
+    """The peer did not send or take a byte before the deadline; status and reason are for a client."""
 
 
 def printable(text: str, limit: int = 300) -> str:
@@ -329,7 +315,6 @@ class Wire:
         self.check: Check | None = None
         self.buffer = bytearray()
         self.heads = 0  # that were read; whoever counts them sets it back
-        self._unsent = b""
         # The number of decrypted bytes that TLS holds, which the descriptor does not show.
         self.pending = sock.pending if isinstance(sock, ssl.SSLSocket) else int
         self._poll = select.poll()
@@ -342,7 +327,7 @@ class Wire:
         self._poll.register(self.sock, events)
         seconds = deadline - time.monotonic()
         if seconds <= 0:
-            raise Stalled
+            raise Stalled(408, "the client is too slow: it did not send or take a byte in time")
         if not self._poll.poll(min(seconds, CHECK_SECONDS) * 1000) and self.check:
             self.check()
 
@@ -435,9 +420,7 @@ class Wire:
     # Sending
 
     def sendall(self, data: bytes | memoryview) -> None:
-        """Send all of it, behind what was written; the limit on silence starts anew with every byte taken."""
-        if self._unsent:
-            data, self._unsent = self._unsent + data, b""
+        """Send all of it; the limit on silence starts anew with every byte taken."""
         left = memoryview(data)
         deadline: float | None = None
         while left:
@@ -450,10 +433,6 @@ class Wire:
                 self._wait(select.POLLOUT, deadline)
             except OSError as error:
                 raise Disconnected(reason_of(error)) from None
-
-    def write(self, data: bytes) -> None:
-        """Send it with the next `sendall`: a head goes out together with what there is of its body."""
-        self._unsent += data
 
     def close(self) -> None:
         """Close the connection, with TLS's close_notify where that can be sent at once."""
@@ -548,10 +527,9 @@ class Request(Message):
         if not match or self.method == "CONNECT":
             raise Malformed(400, "CONNECT, or a target that is not a path or begins with two slashes (RFC 9112 3.2)")
         self.target = match[1] or "/" + match[2].removeprefix("/")
-        if self.http11 and "host" not in self.values:
-            raise Malformed(400, "no Host field (RFC 9112 3.2)")
-        if not HOST.fullmatch(self.one("host") or ""):
-            raise Malformed(400, "a malformed Host field")
+        host = self.one("host")
+        if not HOST.fullmatch(host or "") or (host is None and self.http11):
+            raise Malformed(400, "no Host field, or a malformed one (RFC 9112 3.2)")
         self.length = self.framing(0)
         self.expects_continue = self.http11 and "100-continue" in self.tokens("expect")
         # Other upgrades are not offered to the backend: behind an h2c upgrade, say, clones would pass unseen.
@@ -657,10 +635,8 @@ class Outgoing:
     def __init__(self, method: str, target: str, fields: Fields, body: bytes | BodyReader | None = None) -> None:
         """The one place that refuses what PVE would misread: raises Refusal (431)."""
         self.lines = "\r\n".join([f"{name}: {value}" for name, value in fields]).encode("latin-1")
-        if len(fields) > MAX_OUTGOING_FIELDS:
-            raise Refusal(431, f"more than {MAX_OUTGOING_FIELDS} header fields for PVE")
-        if len(self.lines) + len("\r\n") > MAX_OUTGOING_SIZE:
-            raise Refusal(431, f"more than {MAX_OUTGOING_SIZE} bytes of header fields for PVE")
+        if len(fields) > MAX_OUTGOING_FIELDS or len(self.lines) + len("\r\n") > MAX_OUTGOING_SIZE:
+            raise Refusal(431, f"more than {MAX_OUTGOING_FIELDS} header fields or {MAX_OUTGOING_SIZE} bytes of them for PVE")
         self.method, self.target, self.body = method, target, body
         # No client's Transfer-Encoding or Connection gets here.
         self.chunked, self.upgrade = CHUNKED_FIELD in fields[-1:], UPGRADE_FIELD in fields[-1:]
@@ -756,7 +732,7 @@ class BackendConnection(http.client.HTTPConnection):
     def __init__(self, backend: Backend, end: float | None = None) -> None:
         """Connect, until that time or else within the limit on silence, to each address. Raises Unreachable."""
         seconds = backend.silence if end is None else max(end - time.monotonic(), 0.01)
-        super().__init__(backend.address.host, backend.address.port, timeout=seconds)
+        super().__init__(backend.host, backend.port, timeout=seconds)
         self.backend = backend
         self.idle_since = 0.0  # 0 until it has served a request
         try:
@@ -770,7 +746,7 @@ class BackendConnection(http.client.HTTPConnection):
             backend.note(problem)
             lasting = isinstance(error, (ssl.SSLError, socket.gaierror, UnicodeError)) and not isinstance(error, ssl.SSLEOFError)
             kind = Unreachable if lasting else Away
-            raise kind(504 if late else 502, f"{backend.address} can't be reached: {problem}") from None
+            raise kind(504 if late else 502, f"{backend.url} can't be reached: {problem}") from None
         backend.note("")
         self.sock = self.wire = Wire(self.sock, backend.silence)
 
@@ -834,8 +810,9 @@ class Backend:
 
     def __init__(self, settings: Settings) -> None:
         """Raises FlagError if the CA file is no good."""
-        self.address = settings.backend
-        self.host_field = ("Host", host_port(self.address.host, self.address.port))
+        self.url: str = settings.backend.geturl()
+        self.host, self.port = settings.backend.hostname, settings.backend.port
+        self.host_field = ("Host", settings.backend.netloc)
         self.silence = settings.request_timeout
         self.context = tls_context(settings)
         self._lock = threading.Lock()
@@ -872,8 +849,6 @@ class Backend:
         connection.idle_since = time.monotonic()
         with self._lock:
             self._idle.append(connection)
-            if len(self._idle) > POOL_SIZE:
-                self._idle.pop(0).close()
 
     # Whether it can be reached
 
@@ -888,7 +863,7 @@ class Backend:
             before = self._problem
             self._problem = (problem, before[1] if before else time.monotonic()) if problem else None
         if problem and not before:
-            log.warning("PVE UNREACHABLE: %s: %s", self.address, problem)
+            log.warning("PVE UNREACHABLE: %s: %s", self.url, problem)
         elif before and not problem:
             log.info("PVE BACK: after %.1fs", time.monotonic() - before[1])
 
@@ -899,7 +874,7 @@ class Backend:
 
     def look_around(self) -> NoReturn:
         """Look at the start, and then for its return while it is away, which is so seen without a request, too. Close the
-        connections that have been idle for too long."""
+        connections that have been idle for too long, or are too many."""
         self.look()
         while True:
             time.sleep(LOOK_SECONDS)
@@ -907,7 +882,7 @@ class Backend:
                 self.look()
             oldest = time.monotonic() - POOL_SECONDS
             with self._lock:
-                while self._idle and self._idle[0].idle_since < oldest:  # the oldest lie at the bottom
+                while self._idle and (self._idle[0].idle_since < oldest or len(self._idle) > POOL_SIZE):  # oldest first
                     self._idle.pop(0).close()
 
 
@@ -937,6 +912,7 @@ LONGEST_LINE_DISTANCE = 60.0
 PVE = "PVE"  # the scope of a hold: all clones
 SHUTTING_DOWN = "the clone queue is shutting down; the clone was not started"
 OUTCOMES = ("completed", "failed", "taken", "rejected", "refused", "abandoned")
+SUMS = ("wait_seconds_sum", "wait_seconds_count", "clone_seconds_sum", "clone_seconds_count")
 
 
 class CloneCall(NamedTuple):
@@ -1210,8 +1186,7 @@ class CloneQueue(queue.Queue[CloneJob]):
         queue    what waits and what runs, in the order of arrival; a job that is put off never leaves its place
         ended    what has ended, the newest last; answers in it are forgotten after KEEP_SECONDS
         holds    by scope; one exists only while somebody is in its scope
-        totals   by outcome, and of tries that were put off
-        waits    how many clones waited, and how long; `runs` the same of tasks
+        totals   by outcome, and of tries that were put off; how long clones waited, and how many and how long tasks ran
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -1224,9 +1199,7 @@ class CloneQueue(queue.Queue[CloneJob]):
         self.ended: deque[CloneJob] = deque(maxlen=KEEP_COUNT)
         self.holds: dict[str, Hold] = {}
         self.draining = False
-        self.totals = dict.fromkeys((*OUTCOMES, "lock_retries"), 0)
-        self.waits: dict[str, float] = {"sum": 0, "count": 0}
-        self.runs: dict[str, float] = {"sum": 0, "count": 0}
+        self.totals: dict[str, float] = dict.fromkeys((*OUTCOMES, "lock_retries", *SUMS), 0)
         self._fresh_is_next = False  # since the last try was one of a job that had been put off
         self._refuse_at_once = 1  # see `_refuse_taken`
         self._expected_until = 0.0  # 0 if no client of a refused clone is expected back
@@ -1300,12 +1273,10 @@ class CloneQueue(queue.Queue[CloneJob]):
         for fd in clients:
             poll.register(fd, Client.GONE)
         for fd, _ in poll.poll(0):
-            self._mark_left(clients[fd])
-
-    def _mark_left(self, job: CloneJob) -> None:
-        job.client.left = True
-        job.client.event.set()
-        log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
+            job = clients[fd]
+            job.client.left = True
+            job.client.event.set()
+            log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
 
     def check_room(self) -> None:
         """Raise QueueRefusal if a new clone would find the queue full or closing, before PVE is asked and its body is
@@ -1364,12 +1335,6 @@ class CloneQueue(queue.Queue[CloneJob]):
                 return None
             client.left = job.delivered = True
             return job.answer
-
-    def leave(self, job: CloneJob, client: Client) -> None:
-        """The client's handler is about to close its descriptor."""
-        with self.mutex:
-            if job.client is client and not client.left:
-                self._mark_left(job)
 
     def wants(self, newid: str) -> bool:
         """Whether a clone with that VMID waits or runs."""
@@ -1513,9 +1478,8 @@ class CloneQueue(queue.Queue[CloneJob]):
         wanted = {scope for other in self.queue for scope in other.scopes}
         self.holds = {scope: hold for scope, hold in self.holds.items() if scope in wanted}
         waited, ran = job.times()
-        for total, seconds, counts in (self.waits, waited, True), (self.runs, ran, bool(job.upid)):
-            total["sum"] += seconds
-            total["count"] += counts
+        for name, more in zip(SUMS, (waited, 1, ran, bool(job.upid)), strict=True):
+            self.totals[name] += more
 
     def _end_unstarted(self, job: CloneJob) -> None:
         """End a waiting job since the program ends: with 503, or with the answer to its failed task."""
@@ -1580,13 +1544,10 @@ class CloneQueue(queue.Queue[CloneJob]):
             history = [self.facts(job) for job in list(self.ended)[-HISTORY:]]
             waiting = [self.facts(job) for job in self.queue if job is not self.running]
             running = self.facts(self.running) if self.running else None
-            totals, waits, runs = dict(self.totals), dict(self.waits), dict(self.runs)
-        for total, kind in (waits, "waited_seconds"), (runs, "clone_seconds"):
-            values = sorted(job[kind] for job in history if job["outcome"] == "completed")
-            total["median"] = values[len(values) // 2] if values else 0.0
-        waits["oldest"] = max((job["waited_seconds"] for job in waiting), default=0.0)
+            totals = dict(self.totals)
+        runs = sorted(job["clone_seconds"] for job in history if job["outcome"] == "completed")
         return {"queue_size": self.maxsize, "running": running, "waiting": waiting, "history": history,
-                "totals": totals, "wait_seconds": waits, "clone_seconds": runs}  # fmt: skip
+                "totals": totals, "median_seconds": runs[len(runs) // 2] if runs else 0.0}  # fmt: skip
 
 
 class CloneWorker:
@@ -1819,14 +1780,9 @@ SLOW_BYTES_PER_SECOND = 1024
 SLOW_SECONDS = 5.0
 
 
-class Activity(enum.Enum):
-    """What a connection does."""
-
-    IDLE = "idle"  # between two requests, or with a head that is not complete
-    TRANSFER = "transfer"  # of a body from or to the client
-    BUSY = "busy"  # with a request
-    WAITING = "waiting"  # for a clone
-    TUNNEL = "tunnel"
+# What a connection does. It is idle between two requests and while a head is not complete, in transfer while a body comes
+# from or goes to the client, waiting for a clone, and otherwise busy with a request.
+Activity = enum.Enum("Activity", ["IDLE", "TRANSFER", "WAITING", "BUSY", "TUNNEL"])
 
 
 def keep_tcp_alive(sock: socket.socket) -> None:
@@ -1997,7 +1953,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         fault."""
         wire = self.wire
         wire.end = seconds and time.monotonic() + seconds
-        self._begin_transfer()
+        self.server.enter(self, Activity.TRANSFER)
         self._await_client()
         try:
             if request.expects_continue and not wire.buffer:
@@ -2017,10 +1973,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         finally:
             wire.check = wire.end = None
             self.server.enter(self, Activity.BUSY)
-
-    def _begin_transfer(self) -> None:
-        self.credit, self.paid_until = SLOW_SECONDS, math.inf
-        self.server.enter(self, Activity.TRANSFER)
+            self.paid_until = math.inf
 
     def _await_client(self) -> None:
         """From now on it is the client that is slow: when its credit is used up, it may have to make room."""
@@ -2048,10 +2001,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if settings.verbose:
                 log.info("RELAYED: %s status=%d bytes=%d time=%.3fs", request, *relayed, time.monotonic() - begin)
 
-    def _send_head(self, status: int, reason: str, fields: Fields) -> None:
-        """Send it with what is sent next."""
+    def _send_head(self, status: int, reason: str, fields: Fields, body: bytes = b"") -> None:
+        """Send a head together with what there is of its body."""
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-        self.wire.write(f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n".encode("latin-1"))
+        self.wire.sendall(f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n".encode("latin-1") + body)
 
     def _respond(self, status: int, reason: str, fields: Fields, length: int, first: bytes, rest: Iterable[bytes] = ()) -> int:
         """Send an answer, framed for this client; the number of bytes of its body. What is there of it, `first`, goes out
@@ -2069,11 +2022,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if self.close_connection or not http11:
             fields.append(("Connection", "close" if self.close_connection else "keep-alive"))
         self.responding = True
-        self._send_head(status, reason, fields)
-        self.wire.sendall(first)
+        self._send_head(status, reason, fields, first)
         sent = len(first)
         if rest:
-            self._begin_transfer()
+            self.server.enter(self, Activity.TRANSFER)
         for piece in rest:
             sent += len(piece)
             self._await_client()
@@ -2172,7 +2124,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         keep_tcp_alive(response.wire.sock)
         head = response.head
         self._send_head(head.status, head.reason, [*head.end_to_end(HOP_BY_HOP - {"upgrade"}), UPGRADE_FIELD])
-        self.wire.sendall(b"")
         if self.server.enter(self, Activity.TUNNEL):
             run_tunnel(self.wire, response.wire)
 
@@ -2198,16 +2149,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except (Refusal, ClientGone, Disconnected) as error:
             clones.turn_away(call, error)
             raise
-        try:
-            self.server.enter(self, Activity.WAITING)
-            client.event.wait()
-            self.server.enter(self, Activity.BUSY)
-            answer = clones.collect(job, client)
-            if answer is None:
-                raise ClientGone
-            self._respond_whole(answer)
-        finally:
-            clones.leave(job, client)
+        self.server.enter(self, Activity.WAITING)
+        client.event.wait()
+        self.server.enter(self, Activity.BUSY)
+        answer = clones.collect(job, client)
+        if answer is None:
+            raise ClientGone
+        self._respond_whole(answer)
 
     def _admit(self, request: Request, call: CloneCall, client: Client) -> CloneJob:
         """The clone's job in the queue. Raises Refusal and ClientGone."""
@@ -2479,20 +2427,21 @@ def status_line(server: ProxyServer) -> str:
 
 def metrics(snapshot: dict[str, Any]) -> str:
     """The Prometheus text format of a snapshot."""
-    totals, waits, runs = snapshot["totals"], snapshot["wait_seconds"], snapshot["clone_seconds"]
+    totals, waiting, sums = snapshot["totals"], snapshot["waiting"], ("_sum", "_count")
+    oldest = max((job["waited_seconds"] for job in waiting), default=0.0)
     outcomes = {f'{{outcome="{name}"}}': totals[name] for name in OUTCOMES}
     relayed = {f'{{status="{name}"}}': count for name, count in snapshot["relayed"].items()}
     families: list[tuple[str, str, str, Any]] = [
         ("build_info", "gauge", "The version that runs.", {f'{{version="{VERSION}"}}': 1}),
         ("backend_up", "gauge", "Whether PVE can be reached.", int(not snapshot["problem"])),
-        ("queued", "gauge", "Clones that wait.", len(snapshot["waiting"])),
+        ("queued", "gauge", "Clones that wait.", len(waiting)),
         ("queue_limit", "gauge", "Clones that may wait.", snapshot["queue_size"]),
-        ("oldest_wait_seconds", "gauge", "Time that the oldest waiting clone has waited.", waits["oldest"]),
+        ("oldest_wait_seconds", "gauge", "Time that the oldest waiting clone has waited.", oldest),
         ("running", "gauge", "Clones that run.", int(snapshot["running"] is not None)),
         ("clones_total", "counter", "Clones by outcome.", outcomes),
         ("lock_retries_total", "counter", "Tries put off: a lock held elsewhere, or PVE away.", totals["lock_retries"]),
-        ("wait_seconds", "summary", "Time in the queue.", {"_sum": waits["sum"], "_count": waits["count"]}),
-        ("clone_seconds", "summary", "Time of tasks that ran.", {"_sum": runs["sum"], "_count": runs["count"]}),
+        ("wait_seconds", "summary", "Time in the queue.", {name: totals["wait_seconds" + name] for name in sums}),
+        ("clone_seconds", "summary", "Time of tasks that ran.", {name: totals["clone_seconds" + name] for name in sums}),
         ("relayed_requests_total", "counter", "Relayed requests by status class.", relayed),
         ("backend_errors_total", "counter", "Requests to which PVE gave no whole answer.", snapshot["backend_errors"]),
         ("open_tunnels", "gauge", "Open WebSockets.", snapshot["tunnels"]),
@@ -2575,7 +2524,7 @@ function tables(s) {
   $('ended').replaceChildren(...ended.map(job => row(job, clock(job.ended))));
 }
 function show(s) {
-  const found = alarms(s), r = s.running, n = s.waiting.length, t = s.totals, median = s.clone_seconds.median;
+  const found = alarms(s), r = s.running, n = s.waiting.length, t = s.totals, median = s.median_seconds;
   document.title = (found.length ? '! ' : '') + (r || n ? `${r ? 1 : 0}+${n} ` : '') + 'PVE clone queue';
   $('name').textContent = 'PVE clone queue on ' + s.host;
   $('about').textContent = `version ${s.version}, PVE at ${s.backend}, up ${period(s.uptime_seconds)}`;
@@ -2635,7 +2584,7 @@ class StatusServer(ListeningServer):
             "version": VERSION,
             "host": socket.gethostname(),
             "now": round(time.time(), 3),
-            "backend": str(self.proxy.settings.backend),
+            "backend": self.proxy.backend.url,
             "problem": {"text": problem[0], "seconds": round(problem[1], 1)} if problem else None,
             "task_timeout": self.proxy.settings.task_timeout,
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),
@@ -2666,7 +2615,7 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
             case "/healthz":  # the worker need not be looked at: the process ends with it
                 backend.look()
                 problem = backend.problem()
-                status, text = (503, f"{backend.address} can't be reached: {problem[0]}\n") if problem else (200, "ok\n")
+                status, text = (503, f"{backend.url} can't be reached: {problem[0]}\n") if problem else (200, "ok\n")
             case _:
                 status, text = 404, "there is no such page\n"
         body = text.encode()
@@ -2723,9 +2672,9 @@ def _check_pve(settings: Settings) -> str:
     backend = Backend(settings)
     answer = backend.exchange(Outgoing("GET", "/api2/json/access/domains", [backend.host_field]), settings.request_timeout)
     if answer.status != 200:
-        raise BackendError(502, f"{settings.backend} answers {answer} to GET /api2/json/access/domains: is it PVE's API?")
+        raise BackendError(502, f"{backend.url} answers {answer} to GET /api2/json/access/domains: is it PVE's API?")
     verified = "not verified (-insecure)" if settings.insecure else "verified"
-    return f"{settings.backend} answers" + (f", its certificate {verified}" if backend.context else "")
+    return f"{backend.url} answers" + (f", its certificate {verified}" if backend.context else "")
 
 
 def check(settings: Settings) -> int:
@@ -2858,7 +2807,7 @@ def run(arguments: list[str]) -> int:
     except (FlagError, ListenError) as error:
         log.error("%s: %s", PROGRAM, error)
         return 2 if isinstance(error, FlagError) else 1
-    log.info("LISTENING: %s backend=%s", server.address, settings.backend)
+    log.info("LISTENING: %s backend=%s", server.address, backend.url)
     if not tls and not server.is_local:
         log.warning("listening on %s without TLS: PVE credentials travel in clear text", server.address)
     if settings.status_listen:
