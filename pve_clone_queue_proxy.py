@@ -757,7 +757,11 @@ class BackendConnection(http.client.HTTPConnection):
         wire.check, wire.end, wire.heads = check, end, 0
         self.reusable = outgoing.body is None  # PVE may misread a body and take the rest for another request
         try:
-            self._send(outgoing)
+            self.putrequest(outgoing.method, outgoing.target, skip_host=True, skip_accept_encoding=True)
+            self._output(outgoing.lines)  # type: ignore[attr-defined]  # putheader would check each field again
+            body = outgoing.body(self._look_for_answer) if callable(outgoing.body) else outgoing.body
+            with contextlib.suppress(Disconnected, AnsweredEarly):  # what it said before can still be read
+                self.endheaders(body, encode_chunked=outgoing.chunked)
             response: BackendResponse = self.getresponse()  # type: ignore[assignment]
             if response.head.status == 101 and not (outgoing.upgrade and response.head.tokens("upgrade") == {"websocket"}):
                 raise Malformed(502, "a 101 that was not asked for")
@@ -772,15 +776,6 @@ class BackendConnection(http.client.HTTPConnection):
             raise
         response.connection = self
         return response
-
-    def _send(self, outgoing: Outgoing) -> None:
-        self.putrequest(outgoing.method, outgoing.target, skip_host=True, skip_accept_encoding=True)
-        self._output(outgoing.lines)  # type: ignore[attr-defined]  # in place of putheader, which would check each field again
-        body = outgoing.body(self._look_for_answer) if callable(outgoing.body) else outgoing.body
-        try:
-            self.endheaders(body, encode_chunked=outgoing.chunked)
-        except (Disconnected, AnsweredEarly):
-            return  # what it said before can still be read
 
     def _look_for_answer(self) -> None:
         """Raise AnsweredEarly when the backend has begun its final answer, or closed."""
@@ -972,28 +967,23 @@ def newid_of(query: str, body: bytes) -> str:
     return values[0].lstrip("0") if len(values) == 1 and re.fullmatch("[0-9]{1,20}", values[0]) else ""
 
 
-# The errors that say "locked, and nothing was created", whole texts by kind of guest (pve-container, qemu-server): those
-# of a refused POST, and those of a task that has removed what it made. Only after these a clone is sent again.
-_FIREWALL = r"|cfs-lock 'firewall-vm-NEWID' error: got lock request timeout"
-LOCKED = {
-    "lxc": r"CT is locked \([^()]*\)|can't lock file '/run/lock/lxc/pve-config-SOURCE\.lock' - got timeout" + _FIREWALL,
-    "qemu": r"VM is locked \([^()]*\)" + _FIREWALL,
-}
-_CONTENTION = (
+# The errors that say "locked, and nothing was created", whole texts of pve-container and qemu-server: those of a refused
+# POST, and those of a task that has removed what it made. Only after these a clone is sent again.
+LOCKED = (
+    r"(CT|VM) is locked \([^()]*\)|can't lock file '/run/lock/lxc/pve-config-SOURCE\.lock' - got timeout"
+    r"|cfs-lock 'firewall-vm-NEWID' error: got lock request timeout"
+)
+CONTENTION = (
     r"clone failed: (can't lock file '/var/lock/pve-manager/pve-storage-[^']*' - got timeout"
     r"|cfs-lock '[^']*' error: got lock request timeout"
     r"|can't add VM NEWID to pool '[^']*': cfs-lock 'file-user_cfg' error: got lock request timeout)"
+    r"|can't lock file '/var/lock/qemu-server/lock-SOURCE\.conf' - got timeout"
 )
-CONTENTION = {
-    "lxc": _CONTENTION,
-    "qemu": _CONTENTION + r"|can't lock file '/var/lock/qemu-server/lock-SOURCE\.conf' - got timeout",
-}
 
 
-def is_one_of(errors: dict[str, str], call: CloneCall, text: str) -> bool:
+def is_one_of(errors: str, call: CloneCall, text: str) -> bool:
     """Whether a text of PVE's is one of these errors, of that very clone."""
-    pattern = errors[call.kind].replace("SOURCE", re.escape(call.source)).replace("NEWID", re.escape(call.newid))
-    return re.fullmatch(pattern, text) is not None
+    return bool(re.fullmatch(errors.replace("SOURCE", re.escape(call.source)).replace("NEWID", re.escape(call.newid)), text))
 
 
 def upid_of(answer: Answer) -> str | None:
@@ -1042,24 +1032,28 @@ class TaskProcess(contextlib.ExitStack):
             self._poll.unregister(pidfd)  # from now on this only sleeps
 
 
+def hung_up(descriptors: Iterable[int]) -> list[int]:
+    """Those of the connections that their clients have closed, without reading from them. The sending half alone counts
+    too: nginx and Go read that so."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+    return [descriptor for descriptor, _ in poll.poll(0)]
+
+
 class Client:
     """A clone's client as the queue knows it. `event` wakes its handler: the answer is there, or the client has left.
     `left` is the queue's, guarded by its mutex: nothing more can be given to this client."""
-
-    # A client has left when it has closed its connection, or only its sending half: nginx and Go read that so too.
-    GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
     def __init__(self, fd: int, address: str) -> None:
         self.fd = fd
         self.address = address
         self.event = threading.Event()
         self.left = False
-        self._poll = select.poll()
-        self._poll.register(fd, self.GONE)
 
     def check(self) -> None:
-        """Raise ClientGone if it has left, which its descriptor tells without being read from."""
-        if self._poll.poll(0):
+        """Raise ClientGone if it has left."""
+        if hung_up([self.fd]):
             raise ClientGone
 
 
@@ -1269,11 +1263,7 @@ class CloneQueue(queue.Queue[CloneJob]):
     def _notice_who_left(self) -> None:
         """Look at the connections of all clients at once."""
         clients = {job.client.fd: job for job in itertools.chain(self.queue, self.ended) if not job.client.left}
-        poll = select.poll()
-        for fd in clients:
-            poll.register(fd, Client.GONE)
-        for fd, _ in poll.poll(0):
-            job = clients[fd]
+        for job in map(clients.__getitem__, hung_up(clients)):
             job.client.left = True
             job.client.event.set()
             log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
@@ -1327,12 +1317,12 @@ class CloneQueue(queue.Queue[CloneJob]):
             else:
                 self._count("abandoned", f"CLONE DROPPED: {call}: its client left before it was queued")
 
-    def collect(self, job: CloneJob, client: Client) -> Answer | None:
-        """The job's answer, from now on delivered; None if the client has left, or lost the job."""
+    def collect(self, job: CloneJob, client: Client) -> Answer:
+        """The job's answer, from now on delivered. Raises ClientGone if the client has left."""
         with self.mutex:
             self._notice_who_left()
-            if job.client is not client or client.left:
-                return None
+            if job.client is not client or client.left or not job.answer:
+                raise ClientGone
             client.left = job.delivered = True
             return job.answer
 
@@ -2152,10 +2142,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.server.enter(self, Activity.WAITING)
         client.event.wait()
         self.server.enter(self, Activity.BUSY)
-        answer = clones.collect(job, client)
-        if answer is None:
-            raise ClientGone
-        self._respond_whole(answer)
+        self._respond_whole(clones.collect(job, client))
 
     def _admit(self, request: Request, call: CloneCall, client: Client) -> CloneJob:
         """The clone's job in the queue. Raises Refusal and ClientGone."""
@@ -2385,10 +2372,8 @@ class ProxyServer(ListeningServer):
     def counters(self) -> dict[str, Any]:
         """All that was counted, and what is open now."""
         with self.lock:
-            counts = dict(self._counts)
             activities = [activity for activity in self._activities.values() if activity]
-        relayed = {name: counts.pop(name) for name in STATUS_CLASSES}
-        return {"relayed": relayed, **counts, "connections": len(activities), "tunnels": activities.count(Activity.TUNNEL)}
+            return {**self._counts, "connections": len(activities), "tunnels": activities.count(Activity.TUNNEL)}
 
 
 # Operation: systemd, the status page, metrics, -check. They look at the others; nothing depends on them.
@@ -2430,7 +2415,7 @@ def metrics(snapshot: dict[str, Any]) -> str:
     totals, waiting, sums = snapshot["totals"], snapshot["waiting"], ("_sum", "_count")
     oldest = max((job["waited_seconds"] for job in waiting), default=0.0)
     outcomes = {f'{{outcome="{name}"}}': totals[name] for name in OUTCOMES}
-    relayed = {f'{{status="{name}"}}': count for name, count in snapshot["relayed"].items()}
+    relayed = {f'{{status="{name}"}}': snapshot[name] for name in STATUS_CLASSES}
     families: list[tuple[str, str, str, Any]] = [
         ("build_info", "gauge", "The version that runs.", {f'{{version="{VERSION}"}}': 1}),
         ("backend_up", "gauge", "Whether PVE can be reached.", int(not snapshot["problem"])),

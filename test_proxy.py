@@ -1699,41 +1699,38 @@ class CloneRecognition(unittest.TestCase):
 class LockTexts(unittest.TestCase):
     """Which texts of PVE's about a clone of 9000 to 105 mean that it may be tried again."""
 
-    def check(self, errors: dict[str, str], kind: str, known: bool, *texts: str) -> None:
+    def check(self, errors: str, known: bool, *texts: str) -> None:
         """These texts are among those errors, or are not."""
-        call = program.CloneCall(kind, "pve", "9000", "105", "")
+        call = program.CloneCall("lxc", "pve", "9000", "105", "")
         for text in texts:
-            with self.subTest(kind=kind, text=text):
+            with self.subTest(text=text):
                 self.assertEqual(program.is_one_of(errors, call, text), known)
 
     def test_refusals(self) -> None:
         self.check(
-            program.LOCKED, "lxc", True, "CT is locked (disk)", "CT is locked (backup)",
+            program.LOCKED, True, "CT is locked (disk)", "CT is locked (backup)", "VM is locked (clone)",
             "can't lock file '/run/lock/lxc/pve-config-9000.lock' - got timeout",
             "cfs-lock 'firewall-vm-105' error: got lock request timeout")  # fmt: skip
         self.check(
-            program.LOCKED, "lxc", False, "VM is locked (clone)", "CT is locked (disk) at somewhere", "CT is locked",
+            program.LOCKED, False, "CT is locked (disk) at somewhere", "CT is locked", "",
             "can't lock file '/run/lock/lxc/pve-config-105.lock' - got timeout",
             "cfs-lock 'firewall-vm-9000' error: got lock request timeout",
             "can't lock file '/var/log/pve/tasks/.active.lock' - got timeout",
             "CT 105 already exists on node 'pve'", "got no worker upid - start worker failed")  # fmt: skip
-        self.check(program.LOCKED, "qemu", True, "VM is locked (clone)")
-        self.check(program.LOCKED, "qemu", False, "CT is locked (disk)")
 
     def test_exit_statuses(self) -> None:
         self.check(
-            program.CONTENTION, "lxc", True,
+            program.CONTENTION, True,
             "clone failed: can't lock file '/var/lock/pve-manager/pve-storage-local-lvm' - got timeout",
             "clone failed: cfs-lock 'storage-x' error: got lock request timeout",
-            "clone failed: can't add VM 105 to pool 'p': cfs-lock 'file-user_cfg' error: got lock request timeout")  # fmt: skip
+            "clone failed: can't add VM 105 to pool 'p': cfs-lock 'file-user_cfg' error: got lock request timeout",
+            "can't lock file '/var/lock/qemu-server/lock-9000.conf' - got timeout")  # fmt: skip
         self.check(
-            program.CONTENTION, "lxc", False, "unexpected status",
-            "can't lock file '/var/lock/qemu-server/lock-9000.conf' - got timeout",
+            program.CONTENTION, False, "unexpected status", "CT is locked (disk)",
+            "can't lock file '/var/lock/qemu-server/lock-105.conf' - got timeout",
             "clone failed: can't lock file '/run/lock/lxc/pve-config-105.lock' - got timeout",
             "can't lock file '/var/lock/pve-manager/pve-storage-local-lvm' - got timeout",
             "clone failed: unable to create image: got lock timeout - aborting command")  # fmt: skip
-        self.check(program.CONTENTION, "qemu", True, "can't lock file '/var/lock/qemu-server/lock-9000.conf' - got timeout")
-        self.check(program.CONTENTION, "qemu", False, "can't lock file '/var/lock/qemu-server/lock-105.conf' - got timeout")
 
 
 class Upids(unittest.TestCase):
@@ -3259,15 +3256,15 @@ class QueueInvariants(unittest.TestCase):
             self.collect(*self.rng.choice(told))
         for job, client in [(job, client) for job, client in self.gone if client.event.is_set()]:
             kept = job in self.clones.queue or job in self.clones.ended
-            answer = self.clones.collect(job, client)
-            self.assertFalse(answer and kept, "who hung up gets nothing that another one might want")
+            with contextlib.suppress(program.ClientGone):
+                self.clones.collect(job, client)
+                self.assertFalse(kept, "who hung up gets nothing that another one might want")
             self.gone.remove((job, client))
             client.close()
 
     def collect(self, job: program.CloneJob, client: PretendedClient) -> None:
         """A client that is there gets its answer."""
         answer = self.clones.collect(job, client)
-        assert answer
         if answer.status == 200:
             self.upids[answer.body] += 1
         del self.visits[job]
