@@ -252,17 +252,20 @@ Check = Callable[[], None]
 
 
 class Refusal(Exception):
-    """A request that is answered with an error of the proxy's own: its status and reason, and what goes with them."""
+    """A request that is answered with an error: its status and reason, and what goes with them. It is the proxy's own, or
+    PVE's, with the answer that PVE has given."""
 
-    def __init__(self, status: int, reason: str, *, data: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(self, status: int, reason: str, *, data: str = "", retry_after: int = 0, given: Answer | None = None) -> None:
         super().__init__(reason)
-        self.status, self.reason, self.data, self.retry_after = status, reason, data, retry_after
+        self.status, self.reason, self.data, self.retry_after, self.given = status, reason, data, retry_after, given
 
     def answer(self) -> Answer:
         """In the shape of PVE's errors: its clients show reason phrase and `message`."""
-        body = json.dumps({"data": self.data, "message": self.reason}).encode() + b"\n"
+        if self.given:
+            return self.given
+        body = json.dumps({"data": self.data or None, "message": self.reason}).encode() + b"\n"
         fields = [("Content-Type", "application/json;charset=UTF-8")]
-        if self.retry_after is not None:
+        if self.retry_after:
             fields.append(("Retry-After", str(self.retry_after)))
         return Answer(self.status, printable(self.reason), fields, body)
 
@@ -1158,18 +1161,6 @@ class QueueRefusal(Refusal):
     """A clone that the queue has no place for."""
 
 
-class LoginRefusal(Refusal):
-    """PVE's own answer to a client who can't log in, or whom PVE can't serve."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.status, answer.reason)
-        self._answer = answer
-
-    def answer(self) -> Answer:
-        """As PVE gave it."""
-        return self._answer
-
-
 class CloneQueue(queue.Queue[CloneJob]):
     """Clones in the order of their arrival, one at a time; never asks PVE.
 
@@ -2052,9 +2043,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             close_notify(self.sock)
             socket.socket.shutdown(self.sock, socket.SHUT_WR)  # not SSLSocket.shutdown(), which would end decryption, too
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            while (seconds := deadline - time.monotonic()) > 0 and poll.poll(seconds * 1000):
+            while (seconds := deadline - time.monotonic()) > 0:
+                self.sock.settimeout(seconds)
                 if not socket.socket.recv(self.sock, RECEIVE_SIZE):
                     return
 
@@ -2167,15 +2157,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         return self.server.clones.admit(CloneJob(call, outgoing, poll_fields, key, client))
 
     def _check_login(self, login: Outgoing, client: Client) -> None:
-        """Raise LoginRefusal if PVE does not know a clone's credentials. Where PVE is away it is waited for, as in the
-        queue."""
+        """Raise Refusal if PVE does not know a clone's credentials. Where PVE is away it is waited for, as in the queue."""
         end = time.monotonic() + self.server.settings.lock_timeout
         while True:
             try:
                 answer = self.server.backend.exchange(login, self.server.backend.silence, client.check)
                 if answer.status not in (401, 595):
                     return
-                refusal: Refusal = LoginRefusal(answer)
+                refusal = Refusal(answer.status, answer.reason, given=answer)
             except Away as error:
                 refusal = error
             if refusal.status == 401 or time.monotonic() >= end:
