@@ -1679,8 +1679,9 @@ class Reservations:
     """The VMIDs that were handed out within -reserve-nextid, and the answers to `/cluster/nextid` that respect them.
 
     A VMID is spoken for when it was handed out, or is the `newid` of a clone that waits or runs. Only PVE's answers of 200
-    hand one out: a stranger, whom PVE refuses, touches no reservation. `_lock` guards `_by_vmid`, the oldest first: until
-    when each is spoken for, and who may probe it once, since the number came without being asked for.
+    hand one out: a stranger, whom PVE refuses, touches no reservation. And only for what was not spoken for since PVE was
+    asked: a clone with that number may have started, and ended, meanwhile. `_lock` guards `_by_vmid`, the oldest first:
+    until when each is, or was, spoken for, and who may probe it once, since the number came without being asked for.
     """
 
     def __init__(self, seconds: float, clones: CloneQueue) -> None:
@@ -1693,26 +1694,27 @@ class Reservations:
         """The answer to a GET of that target: PVE's, or the one that PVE gives for a VMID that is taken. `ask` gives PVE's to
         a GET of any target, and may raise."""
         path, _, query = target.partition("?")
+        asked_at = time.monotonic()
         answer = ask(target)
         if answer.status != 200:
             return answer
         if not (wanted := parameter(query, "vmid")):
-            return self._next_free(path, answer, owner, ask)
+            return self._next_free(path, answer, asked_at, owner, ask)
         vmid = wanted[0].lstrip("0")
-        if self._claim(vmid, probed_by=owner):
+        if self._claim(vmid, asked_at, probed_by=owner):
             return answer
         reason = "Parameter verification failed."
         content = {"data": None, "errors": {"vmid": f"VM {vmid} already exists"}, "message": f"{reason}\n"}
         return Answer(400, reason, [("Content-Type", "application/json;charset=UTF-8")], json.dumps(content).encode())
 
-    def _next_free(self, path: str, first: Answer, owner: Owner, ask: Ask) -> Answer:
+    def _next_free(self, path: str, first: Answer, asked_at: float, owner: Owner, ask: Ask) -> Answer:
         """PVE's first answer, or the one for the next number above that is neither spoken for nor taken."""
         number = str(json_field(first.body, "data"))
-        if not re.fullmatch("[0-9]{3,9}", number) or self._claim(number, handed_to=owner):
+        if not re.fullmatch("[0-9]{3,9}", number) or self._claim(number, asked_at, handed_to=owner):
             return first
         above = map(str, range(int(number) + 1, 1_000_000_000))
         # Each is claimed only when the one before it was taken.
-        claimed = (vmid for vmid in above if self._claim(vmid, handed_to=owner))
+        claimed = (vmid for vmid in above if self._claim(vmid, time.monotonic(), handed_to=owner))
         for vmid in itertools.islice(claimed, MAX_PROBES):
             with contextlib.ExitStack() as unless_free:
                 unless_free.callback(self.release, vmid)
@@ -1723,24 +1725,26 @@ class Reservations:
                 return answer
         return first
 
-    def _claim(self, vmid: str, handed_to: Owner | None = None, probed_by: Owner | None = None) -> bool:
-        """Speak for a VMID, so that nobody else is told the same; False if it is spoken for."""
-        now = time.monotonic()
+    def _claim(self, vmid: str, asked_at: float, handed_to: Owner | None = None, probed_by: Owner | None = None) -> bool:
+        """Speak for a VMID, so that nobody else is told the same; False if it is spoken for, or was since then."""
         with self._lock:
             until, may_probe = self._by_vmid.get(vmid, (0.0, None))
-            reserved = until > now and (may_probe is None or may_probe != probed_by)
+            reserved = until > asked_at and (may_probe is None or may_probe != probed_by)
             if reserved or self._clones.wants(vmid):
                 return False
-            self._by_vmid.pop(vmid, None)
-            self._by_vmid[vmid] = (now + self.seconds, handed_to)
-            while len(self._by_vmid) > MAX_RESERVATIONS or next(iter(self._by_vmid.values()))[0] <= now:
-                del self._by_vmid[next(iter(self._by_vmid))]
+            self._speak_for(vmid, self.seconds, handed_to)
             return True
+
+    def _speak_for(self, vmid: str, seconds: float, handed_to: Owner | None) -> None:
+        self._by_vmid.pop(vmid, None)
+        self._by_vmid[vmid] = (time.monotonic() + seconds, handed_to)
+        if len(self._by_vmid) > MAX_RESERVATIONS:
+            del self._by_vmid[next(iter(self._by_vmid))]
 
     def release(self, vmid: str) -> None:
         """Speak for it no more: PVE has started a clone with it, or does not say that it is free."""
         with self._lock:
-            self._by_vmid.pop(vmid, None)
+            self._speak_for(vmid, 0.0, None)
 
 
 def is_next_id(request: Request) -> bool:

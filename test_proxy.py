@@ -4948,6 +4948,27 @@ class ReservedVmids(unittest.TestCase):
         self.assertEqual([self.probe(103), self.probe(103), self.probe(103, OTHER_TOKEN)], [200, 400, 400])
         self.assertEqual(self.number(), 104)
 
+    def overtaken(self, query: str, newid: int) -> Message:
+        """The answer to a question that PVE has answered before another client's clone, and that arrives behind it."""
+        asked, go_on, next_id = threading.Event(), threading.Event(), self.pve.next_id
+
+        def hold(parameters: dict[str, object]) -> str:
+            number = next_id(parameters)
+            asked.set()
+            go_on.wait(LONG)
+            return number
+
+        with unittest.mock.patch.object(self.pve, "next_id", hold), concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self.ask, query)
+            self.assertTrue(asked.wait(LONG))
+            self.assertEqual(self.proxy.clone(newid).status, 200)
+            go_on.set()
+            return answer.result()
+
+    def test_an_answer_that_a_clone_has_overtaken_hands_nothing_out(self) -> None:
+        self.assertEqual(self.overtaken("?vmid=100", 100).status, 400)
+        self.assertEqual(json.loads(self.overtaken("", 101).body)["data"], "102")
+
     def test_who_cannot_log_in_changes_no_reservation(self) -> None:
         self.assertEqual(self.number(), 100)
         self.assertEqual([self.probe(100, self.WRONG_TOKEN), self.probe(101, self.WRONG_TOKEN)], [401, 401])
