@@ -534,7 +534,7 @@ class Request(Message):
         if not HOST.fullmatch(host or "") or (host is None and self.http11):
             raise Malformed(400, "no Host field, or a malformed one (RFC 9112 3.2)")
         self.length = self.framing(0)
-        self.expects_continue = self.http11 and "100-continue" in self.tokens("expect")
+        self.expects_continue = self.http11 and "expect" in self.values and "100-continue" in self.tokens("expect")
         # Other upgrades are not offered to the backend: behind an h2c upgrade, say, clones would pass unseen.
         upgrade = "upgrade" in self.values and (self.method, self.http11, self.length) == ("GET", True, 0)
         self.upgrade = upgrade and self.tokens("upgrade") == {"websocket"} and "upgrade" in self.options
@@ -1593,8 +1593,7 @@ class CloneWorker:
         if exit_status is None:
             return gone_wrong(job, job.answer or answer, f"no longer waited for; the outcome is unknown: {facts}")
         if exit_status == "OK" or exit_status.startswith("WARNINGS: "):
-            line = f"CLONE COMPLETE: {job.call.place} {facts} newid={word(job.call.newid)}"
-            return Ended("completed", answer, exit_status, line)
+            return Ended("completed", answer, exit_status, f"CLONE COMPLETE: {job.call.place} {facts} newid={word(job.call.newid)}")
         if is_one_of(CONTENTION, job.call, exit_status) and self._settings.lock_timeout and not job.answer:
             return PutOff(job.source, answer, exit_status, self._is_being_cloned(job))
         line = f"TASK FINISHED: status=stopped exitstatus={printable(exit_status)} {job.call} {facts}"
