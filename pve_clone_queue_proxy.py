@@ -735,7 +735,7 @@ class BackendConnection(http.client.HTTPConnection):
     def __init__(self, backend: Backend, end: float | None = None) -> None:
         """Connect, until that time or else within the limit on silence, to each address. Raises Unreachable."""
         seconds = backend.silence if end is None else max(end - time.monotonic(), 0.01)
-        super().__init__(backend.host, backend.port, timeout=seconds)
+        super().__init__(backend.host_field[1], timeout=seconds)
         self.backend = backend
         self.idle_since = 0.0  # 0 until it has served a request
         try:
@@ -748,8 +748,7 @@ class BackendConnection(http.client.HTTPConnection):
             problem = f"it did not accept a connection within {round(seconds, 1):g} s" if late else reason_of(error)
             backend.note(problem)
             lasting = isinstance(error, (ssl.SSLError, socket.gaierror, UnicodeError)) and not isinstance(error, ssl.SSLEOFError)
-            kind = Unreachable if lasting else Away
-            raise kind(504 if late else 502, f"{backend.url} can't be reached: {problem}") from None
+            raise (Unreachable if lasting else Away)(504 if late else 502, f"{backend.url} can't be reached: {problem}") from None
         backend.note("")
         self.sock = self.wire = Wire(self.sock, backend.silence)
 
@@ -809,7 +808,6 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         """Raises FlagError if the CA file is no good."""
         self.url: str = settings.backend.geturl()
-        self.host, self.port = settings.backend.hostname, settings.backend.port
         self.host_field = ("Host", settings.backend.netloc)
         self.silence = settings.request_timeout
         self.context = tls_context(settings)
@@ -847,6 +845,8 @@ class Backend:
         connection.idle_since = time.monotonic()
         with self._lock:
             self._idle.append(connection)
+            if len(self._idle) > POOL_SIZE:
+                self._idle.pop(0).close()
 
     # Whether it can be reached
 
@@ -872,7 +872,7 @@ class Backend:
 
     def look_around(self) -> NoReturn:
         """Look at the start, and then for its return while it is away, which is so seen without a request, too. Close the
-        connections that have been idle for too long, or are too many."""
+        connections that have been idle for too long."""
         self.look()
         while True:
             time.sleep(LOOK_SECONDS)
@@ -880,7 +880,7 @@ class Backend:
                 self.look()
             oldest = time.monotonic() - POOL_SECONDS
             with self._lock:
-                while self._idle and (self._idle[0].idle_since < oldest or len(self._idle) > POOL_SIZE):  # oldest first
+                while self._idle and self._idle[0].idle_since < oldest:  # the oldest lie at the bottom
                     self._idle.pop(0).close()
 
 
@@ -1035,12 +1035,15 @@ class TaskProcess(contextlib.ExitStack):
             self._poll.unregister(pidfd)  # from now on this only sleeps
 
 
-def hung_up(descriptors: Iterable[int]) -> list[int]:
-    """Those of the connections that their clients have closed, without reading from them. The sending half alone counts
-    too: nginx and Go read that so."""
+# A client has left when it has closed its connection, or only its sending half: nginx and Go read that so too.
+HUNG_UP = select.POLLRDHUP
+
+
+def polled(descriptors: Iterable[int], events: int) -> list[int]:
+    """Those of which these events, their end or an error can be told now, without reading from them."""
     poll = select.poll()
     for descriptor in descriptors:
-        poll.register(descriptor, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+        poll.register(descriptor, events)
     return [descriptor for descriptor, _ in poll.poll(0)]
 
 
@@ -1056,7 +1059,7 @@ class Client:
 
     def check(self) -> None:
         """Raise ClientGone if it has left."""
-        if hung_up([self.fd]):
+        if polled([self.fd], HUNG_UP):
             raise ClientGone
 
 
@@ -1254,7 +1257,7 @@ class CloneQueue(queue.Queue[CloneJob]):
     def _notice_who_left(self) -> None:
         """Look at the connections of all clients at once."""
         clients = {job.client.fd: job for job in itertools.chain(self.queue, self.ended) if not job.client.left}
-        for job in map(clients.__getitem__, hung_up(clients)):
+        for job in map(clients.__getitem__, polled(clients, HUNG_UP)):
             job.client.left = True
             job.client.event.set()
             log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
@@ -1619,6 +1622,7 @@ class CloneWorker:
         it takes longer than that its client is told so, but it holds the queue all the same."""
         timeout, delay = self._settings.task_timeout, max(self._settings.poll_delay, 0.01)
         begin = now = last_seen = next_line = time.monotonic()
+        late = Refusal(504, f"the clone task did not end within {timeout:g} s: {job.upid}", data=job.upid).answer()
         last_error = ""
         with TaskProcess(job.upid, job.started_at + self._clones.usual_time(job)) as process:
             while now - last_seen < timeout:
@@ -1636,16 +1640,9 @@ class CloneWorker:
                     log.log(logging.WARNING if error else logging.INFO, "%s (elapsed: %.1fs)", said, now - begin)
                     next_line = now + min(max(0.5, now - begin), LONGEST_LINE_DISTANCE)
                 last_error = error
-                if now >= begin + timeout:
-                    self._time_out(job)
+                if now >= begin + timeout and self._clones.answer_running(late):  # which answers once
+                    log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), now - job.started_at)
         return None
-
-    def _time_out(self, job: CloneJob) -> None:
-        """Tell the client, once, that its task is taking too long."""
-        reason = f"the clone task did not end within {self._settings.task_timeout:g} s: {job.upid}"
-        if self._clones.answer_running(Refusal(504, reason, data=job.upid).answer()):
-            elapsed = time.monotonic() - job.started_at
-            log.warning("CLONE TIMEOUT: %s upid=%s (elapsed: %.1fs)", job.call, printable(job.upid), elapsed)
 
     def _poll(self, job: CloneJob, upid: str, seconds: float) -> tuple[str | None, str]:
         """A task's exit status, None while it runs or if PVE does not say; and why it does not."""
@@ -1867,24 +1864,20 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.server.join(self)
 
     def handle(self) -> None:
-        """The connection's life."""
-        try:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            keep_tcp_alive(self.sock)
-            if self.server.tls:  # its handshake comes with the first read
-                self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-            self.wire = Wire(self.sock, self.server.backend.silence)
-            self.watch = Client(self.sock.fileno(), self.peer)
-            super().handle()
-            if not self.responding and (self.unread or self.wire.readable()):
-                self._linger()
-        except OSError as error:
-            log.debug("a connection ended: %s", error)
+        """The connection's life. Raises OSError if it is over before it has begun."""
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_tcp_alive(self.sock)
+        if self.server.tls:  # its handshake comes with the first read
+            self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        self.wire = Wire(self.sock, self.server.backend.silence)
+        self.watch = Client(self.sock.fileno(), self.peer)
+        super().handle()
 
     def finish(self) -> None:
         """Close the connection; from here on nobody else may touch its descriptor."""
         self.server.leave(self)
         if not self.responding:  # a goodbye behind an answer that was cut off would make it look complete
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
             close_notify(self.sock)
         self.sock.close()
 
@@ -1899,21 +1892,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self._refuse(refusal)
         except (Disconnected, ClientGone):
             self.close_connection = True
+            return
         except Exception:
             log.exception("unexpected failure in a request of %s", self.peer)
             self._refuse(Refusal(500, "unexpected failure in the proxy"))
+        if self.close_connection and not self.responding and (self.unread or self.wire.readable()):
+            self._linger()
 
     # Reading a request
-
-    def _check_drain(self) -> None:
-        """Called when half a second has brought nothing of a request: then a draining proxy need not wait for one."""
-        if self.server.draining.is_set():
-            raise Disconnected
 
     def _read_request(self) -> Request:
         """The next request, its body not read yet. Raises Refusal, and Disconnected if there is none."""
         wire = self.wire
-        wire.check = self._check_drain
         if not wire.buffer:
             wire.end = time.monotonic() + (IDLE_SECONDS if self.message else HEAD_SECONDS)
             try:
@@ -1923,7 +1913,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.unread, self.message = True, None
         wire.end = time.monotonic() + HEAD_SECONDS
         head = wire.head().removeprefix("\r\n")  # RFC 9112 2.2: old clients send an empty line behind a body
-        wire.check = wire.end = None
+        wire.end = None
         if not self.server.enter(self, Activity.BUSY):
             raise Disconnected
         self.message = request = Request(head)
@@ -1965,7 +1955,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _note_moved(self, count: int) -> None:
         """The client gave or took so many bytes. Each pays for some time, of which only so much can be saved."""
-        self.credit = min(self.paid_until - time.monotonic() + count / SLOW_BYTES_PER_SECOND, SLOW_SECONDS)
+        self.credit = min(max(0.0, self.paid_until - time.monotonic() + count / SLOW_BYTES_PER_SECOND), SLOW_SECONDS)
         self.paid_until = math.inf
 
     # Answering
@@ -1987,6 +1977,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _send_head(self, status: int, reason: str, fields: Fields, body: bytes = b"") -> None:
         """Send a head together with what there is of its body."""
+        self.responding = True
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
         self.wire.sendall(f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n".encode("latin-1") + body)
 
@@ -2005,7 +1996,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             fields.append(CHUNKED_FIELD)
         if self.close_connection or not http11:
             fields.append(("Connection", "close" if self.close_connection else "keep-alive"))
-        self.responding = True
         self._send_head(status, reason, fields, first)
         sent = len(first)
         if rest:
@@ -2018,8 +2008,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if chunked:
             self.wire.sendall(b"0\r\n\r\n")
         self.responding = False
-        if until_close:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
         return sent
 
     def _respond_whole(self, answer: Answer) -> None:
@@ -2046,8 +2034,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             close_notify(self.sock)
             socket.socket.shutdown(self.sock, socket.SHUT_WR)  # not SSLSocket.shutdown(), which would end decryption, too
-            while (seconds := deadline - time.monotonic()) > 0:
-                self.sock.settimeout(seconds)
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            while (seconds := deadline - time.monotonic()) > 0 and poll.poll(seconds * 1000):
                 if not socket.socket.recv(self.sock, RECEIVE_SIZE):
                     return
 
@@ -2107,6 +2096,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         keep_tcp_alive(response.wire.sock)
         head = response.head
         self._send_head(head.status, head.reason, [*head.end_to_end(HOP_BY_HOP - {"upgrade"}), UPGRADE_FIELD])
+        self.responding = False
         if self.server.enter(self, Activity.TUNNEL):
             run_tunnel(self.wire, response.wire)
 
@@ -2163,15 +2153,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Raise Refusal if PVE does not know a clone's credentials. Where PVE is away it is waited for, as in the queue."""
         end = time.monotonic() + self.server.settings.lock_timeout
         while True:
+            over = time.monotonic() >= end
             try:
                 answer = self.server.backend.exchange(login, self.server.backend.silence, client.check)
-                if answer.status not in (401, 595):
+                if answer.status == 401 or (answer.status == 595 and over):
+                    raise Refusal(answer.status, answer.reason, given=answer)
+                if answer.status != 595:
                     return
-                refusal = Refusal(answer.status, answer.reason, given=answer)
-            except Away as error:
-                refusal = error
-            if refusal.status == 401 or time.monotonic() >= end:
-                raise refusal
+            except Away:
+                if over:
+                    raise
             client.check()
             if self.server.draining.wait(LONGEST_RETRY):
                 raise Refusal(503, SHUTTING_DOWN, retry_after=5)
@@ -2253,11 +2244,7 @@ class ListeningServer(http.server.ThreadingHTTPServer):
         """Count a connection in; False if it is one too many."""
         with self.lock:
             self.connections += 1
-            return self.make_room()
-
-    def make_room(self) -> bool:
-        """Whether there is a place for the newest connection. The lock is held."""
-        return self.connections <= self.limit
+            return self.connections <= self.limit
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What a handler did not handle. Who breaks off is no news."""
@@ -2288,7 +2275,7 @@ class ProxyServer(ListeningServer):
         self._counts = dict.fromkeys((*STATUS_CLASSES, "backend_errors", "refused_connections"), 0)
         self._next_crowd_line = 0.0  # the accepting thread's own
 
-    def make_room(self) -> bool:
+    def _make_room(self) -> bool:
         """Clients of waiting clones don't count. One connection too many ends the oldest without a request in hand, or the
         slowest of those that drip a body or do not take an answer: slow or silent clients can't keep others out."""
         exempt = sum(activity in (Activity.WAITING, None) for activity in self._activities.values())
@@ -2301,8 +2288,10 @@ class ProxyServer(ListeningServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Tell a connection too many that it is one, as far as that goes without waiting."""
-        if super().verify_request(request, client_address):
-            return True
+        with self.lock:
+            self.connections += 1
+            if self._make_room():
+                return True
         refused = self.count("refused_connections")
         if (now := time.monotonic()) >= self._next_crowd_line:
             self._next_crowd_line = now + CROWD_LINE_SECONDS
@@ -2345,10 +2334,16 @@ class ProxyServer(ListeningServer):
                 socket.socket.shutdown(handler.sock, socket.SHUT_RDWR)  # wakes its thread
 
     def drain(self) -> None:
-        """From now on connections close behind their answers, or when no request comes. Tunnels are ended at once."""
+        """From now on connections close behind their answers. Idle ones and tunnels are ended at once; those on which a
+        request has arrived, or that are too new to tell, only when this is called again."""
         with self.lock:
+            idle = self._those_that(Activity.IDLE)
+            if not self.draining.is_set():
+                answered = {handler.watch.fd: handler for handler in idle if handler.message and not handler.wire.buffer}
+                arrived = polled(answered, select.POLLIN)
+                idle = [handler for fd, handler in answered.items() if fd not in arrived]
             self.draining.set()
-            self._end(self._those_that(Activity.TUNNEL))
+            self._end(idle + self._those_that(Activity.TUNNEL))
 
     def wait_until_closed(self, deadline: float) -> None:
         """Wait for all connections to close, at most until the deadline."""
@@ -2394,12 +2389,6 @@ def open_listener(address: tuple[str, int]) -> socket.socket:
     listener = listen_on(address)
     notify("FDSTORE=1\nFDNAME=listen", listener.fileno())
     return listener
-
-
-def status_line(server: ProxyServer) -> str:
-    """What the program does, in one line."""
-    problem = server.backend.problem()
-    return (f"PVE unreachable for {problem[1]:.0f}s, " if problem else "") + server.clones.summary()
 
 
 def metrics(snapshot: dict[str, Any]) -> str:
@@ -2749,7 +2738,9 @@ def serve(server: ProxyServer) -> None:
     status = ""
     while not signal.sigtimedwait(SIGNALS, HOUSEKEEPING_SECONDS):
         server.clones.look_around()
-        before, status = status, printable(status_line(server))  # a client's text must not become another assignment
+        problem = server.backend.problem()
+        line = (f"PVE unreachable for {problem[1]:.0f}s, " if problem else "") + server.clones.summary()
+        before, status = status, printable(line)  # a client's text must not become another assignment
         if status != before:
             notify(f"STATUS={status}")
 
@@ -2764,6 +2755,8 @@ def stop(server: ProxyServer) -> None:
     server.server_close()
     server.clones.drain()
     server.drain()
+    server.wait_until_closed(begin + 1)
+    server.drain()  # who still has said nothing
     server.clones.wait_until_idle(begin + DRAIN_SECONDS)
     server.wait_until_closed(begin + DRAIN_SECONDS)
     server.clones.answer_running()

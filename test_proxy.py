@@ -1980,6 +1980,12 @@ class BackendConnections(unittest.TestCase):
                 proxy.ask(POST + b"Content-Length: 1\r\n\r\nx")
             self.assertEqual(backend.connections, 4)
 
+    def test_only_so_many_idle_ones_are_kept(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url) as proxy, proxy.wire() as wire:
+            for _ in range(3 * program.POOL_SIZE):  # each on a new connection, which is kept
+                self.assertEqual(wire.ask(b"DELETE / HTTP/1.1\r\nHost: h\r\n\r\n").body, b"ok")
+            self.assertLess(proxy.descriptors(), program.POOL_SIZE + 20)
+
     def test_a_connection_that_turns_out_closed_is_not_the_clients_problem(self) -> None:
         used_again: list[bool] = []
 
@@ -3442,6 +3448,19 @@ class Shutdown(unittest.TestCase):
             go_on.set()
             answer = busy.message()
             self.assertEqual((answer.body, answer.get("connection")), (b"ok", b"close"))
+            self.assertEqual(proxy.stop(0), 0)
+
+    def test_a_head_that_never_ends_does_not_hold_it_up(self) -> None:
+        with answering(OK) as backend, Proxy(backend.url, constants="program.DRAIN_SECONDS = 3600") as proxy:
+            drip = proxy.wire()
+            drip.send(b"GET / HTTP/1.1\r\nX: ")
+            proxy.process.terminate()
+            for _ in range(int(10 * LONG)):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    proxy.process.wait(0.1)
+                    break
+                with contextlib.suppress(OSError):
+                    drip.send(b"x")
             self.assertEqual(proxy.stop(0), 0)
 
     def test_who_runs_at_the_end_of_patience_learns_what_is_known(self) -> None:
