@@ -942,18 +942,15 @@ def clone_call(request: Request, qemu: bool) -> CloneCall | None:
     """What a clone request asks for, as far as its head tells; None for any other request. It fails closed: what PVE
     will refuse for its node or VMID counts too. Raises Refusal (501) for a format in which PVE runs clones as well, and
     that nobody needs; `extjs` is the web GUI's, which has its own patience."""
-    match request.path_parts() if request.method == "POST" else []:
+    # A ticket without its CSRFPreventionToken PVE refuses, after 3 s that the worker need not wait.
+    lacks_token = "cookie" in request.values and not {"authorization", "csrfpreventiontoken"} & request.values.keys()
+    match request.path_parts() if request.method == "POST" and not lacks_token else []:
         case ["api2", format_, "nodes", node, "lxc" | "qemu" as kind, source, "clone"] if format_ != "extjs":
             if re.fullmatch("[0-9]+", source) and (kind == "lxc" or qemu):
                 if format_ != "json":
                     raise Refusal(501, "clones are queued by /api2/json/ only; this format is not offered for them")
                 return CloneCall(kind, node, source, "", user_of(request))
     return None
-
-
-def lacks_token(request: Request) -> bool:
-    """Whether it has a ticket without its CSRFPreventionToken: PVE refuses it, after 3 s that the worker need not wait."""
-    return "cookie" in request.values and not {"authorization", "csrfpreventiontoken"} & request.values.keys()
 
 
 def parameter(text: str, name: str) -> list[str]:
@@ -1160,10 +1157,6 @@ def gone_wrong(job: CloneJob, answer: Answer, text: str) -> Ended:
     return Ended("failed", answer, text, f"CLONE ERROR: {job.call}: {text}")
 
 
-class QueueRefusal(Refusal):
-    """A clone that the queue has no place for."""
-
-
 class CloneQueue(queue.Queue[CloneJob]):
     """Clones in the order of their arrival, one at a time; never asks PVE.
 
@@ -1263,7 +1256,7 @@ class CloneQueue(queue.Queue[CloneJob]):
             log.warning("CLONE ABANDONED: the client left: %s (%s)", job.call, self._state(job))
 
     def check_room(self) -> None:
-        """Raise QueueRefusal if a new clone would find the queue full or closing, before PVE is asked and its body is
+        """Raise Refusal if a new clone would find the queue full or closing, before PVE is asked and its body is
         read. Where any client has left, it might be the one that comes back: then `admit` decides."""
         with self.mutex:
             self._notice_who_left()
@@ -1272,7 +1265,7 @@ class CloneQueue(queue.Queue[CloneJob]):
 
     def admit(self, job: CloneJob) -> CloneJob:
         """Queue the job, or let its client take over an equal one whose client has left; the one that is to be waited
-        for. Raises QueueRefusal if the queue is full or closing."""
+        for. Raises Refusal if the queue is full or closing."""
         with self.mutex:
             self._notice_who_left()
             for twin in itertools.chain(self.ended, self.queue):
@@ -1293,17 +1286,17 @@ class CloneQueue(queue.Queue[CloneJob]):
         """See to it that one more job can wait, if need be in the place of the oldest whose client has left. (There may
         be one too many, if the running one was put off.)"""
         if self.draining:
-            raise QueueRefusal(503, SHUTTING_DOWN, retry_after=5)
+            raise Refusal(503, SHUTTING_DOWN, retry_after=5)
         while self._qsize() >= self.maxsize:
             left = next((job for job in self.queue if job.client.left and job is not self.running), None)
             if not left:
-                raise QueueRefusal(503, f"the clone queue is full: {self.maxsize} clones are waiting", retry_after=10)
+                raise Refusal(503, f"the clone queue is full: {self.maxsize} clones are waiting", retry_after=10)
             self._end(left)
 
     def turn_away(self, call: CloneCall, error: Exception) -> None:
         """Say and count a clone that did not come into the queue: there is no place, it was refused, or its client left."""
         with self.mutex:
-            if isinstance(error, QueueRefusal):
+            if isinstance(error, Refusal) and error.status == 503:
                 why = "shutting down" if self.draining else "queue full"
                 self._count("rejected", f"CLONE REJECTED: {why}: {call} waiting={self._qsize()}")
             elif isinstance(error, Refusal):
@@ -1965,7 +1958,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.forwarded_for = self._forwarded_for(request)
         settings = self.server.settings
         call = clone_call(request, settings.qemu)
-        if call and not lacks_token(request):
+        if call:
             self._clone(request, call)
             return
         begin = time.monotonic()

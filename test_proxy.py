@@ -3224,7 +3224,7 @@ class QueueInvariants(unittest.TestCase):
             if rng.random() < 0.5:
                 clones.check_room()
             admitted = clones.admit(job)
-        except program.QueueRefusal as refused:
+        except program.Refusal as refused:
             clones.turn_away(job.call, refused)
             waiting = [job for job in clones.queue if not job.client.left and job is not clones.running]
             self.assertTrue(clones.draining or len(waiting) >= self.SIZE, "full, of clients that have not left")
