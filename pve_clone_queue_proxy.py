@@ -20,8 +20,9 @@ The way of a request:
    which sets the event. Only then does it take the next job. A source that somebody else has locked is tried again later.
 6. The handler writes PVE's answer to its client.
 
-The rooms of this file, each of which needs only those above it: Settings, Messages, Backend, Clone queue, VMIDs, Handler,
-Server, Operation (systemd, status page, metrics, -check), main. Run it with -help to see its flags.
+The rooms of this file, each of which needs only those above it (but a handler calls its server): Settings, Messages,
+Backend, Clone queue, VMIDs, Handler, Server, Operation (systemd, status page, metrics, -check), main. Run it with -help to
+see its flags.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
     "ca": (parse_file, "", "PEM file to verify the backend's certificate with (-insecure=false)"),
     "poll-delay": (parse_duration, "500ms", "longest delay between task status polls"),
     "task-timeout": (parse_timeout, "5m", "longest time a client waits for its started clone"),
-    "request-timeout": (parse_timeout, "30s", "longest silence of the backend in one request"),
+    "request-timeout": (parse_timeout, "30s", "longest silence of the backend, or of a client, in one request"),
     "lock-timeout": (parse_duration, "5m", "how long a clone waits for a locked source, or for PVE to come back"),
     "queue-size": (parse_count, "100", "how many clones may wait"),
     "answer": (parse_answer, "complete", "when a clone is answered: complete, or as soon as it has started"),
@@ -185,7 +186,7 @@ class FlagParser(argparse.ArgumentParser):
 def parse_flags(arguments: list[str]) -> Settings:
     """Settings of a command line in Go's syntax: `-flag value`, `-flag=value`, one dash or two; of a flag given twice the
     last one counts. Raises FlagError, and SystemExit for -help and -version, which it prints."""
-    parser = FlagParser(PROGRAM, f"{PROGRAM} [-flag value] ...", add_help=False, allow_abbrev=False)
+    parser = FlagParser(PROGRAM, f"{PROGRAM} [-flag value] ...", add_help=False)
     for name, (parse, default, text) in FLAGS.items():
         switch: dict[str, Any] = {"nargs": "?", "const": True} if parse is parse_bool else {}  # it may stand alone
         text += f" (default {default})" if default else ""
@@ -195,7 +196,7 @@ def parse_flags(arguments: list[str]) -> Settings:
     # One dash each: with two as well, -help would show every flag twice.
     arguments = [re.sub("^--(?=[a-z])", "-", argument) for argument in arguments]
     known = {f"-{name}" for name in (*FLAGS, "version", "help", "h")}
-    for argument in arguments:  # argparse would take a flag's first letters for the flag
+    for argument in arguments:  # argparse would take a flag's first letters for the flag, even with allow_abbrev=False
         if re.match("-[A-Za-z]", argument) and argument.partition("=")[0] not in known:
             raise FlagError(f"unknown flag {argument.partition('=')[0]}")
     settings = parser.parse_args(arguments)
@@ -248,7 +249,7 @@ PROTECTED = frozenset(("host", "content-length", "content-type", "authorization"
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 Fields = list[tuple[str, str]]  # names and values, in their order
-Check = Callable[[], None]
+Check = Callable[[], None]  # called now and then in a wait, which it ends by raising
 
 
 class Refusal(Exception):
@@ -271,7 +272,7 @@ class Refusal(Exception):
 
 
 class Malformed(Refusal):
-    """A message that is not HTTP as RFC 9112 has it; status and reason are for the client that sent it."""
+    """A message that is not HTTP as RFC 9112 has it; status and reason are for a client, of a backend's only the reason."""
 
 
 class Disconnected(Exception):
@@ -317,8 +318,8 @@ class Wire:
         self.end: float | None = None
         self.check: Check | None = None
         self.buffer = bytearray()
-        self.heads = 0  # that were read; whoever counts them sets it back
-        # The number of decrypted bytes that TLS holds, which the descriptor does not show.
+        self.heads = 0  # that were read since BackendConnection.exchange, which wants to know, has set it back
+        # A function: how many decrypted bytes TLS holds, which the descriptor does not show. (int() is 0.)
         self.pending = sock.pending if isinstance(sock, ssl.SSLSocket) else int
         self._poll = select.poll()
 
@@ -330,6 +331,7 @@ class Wire:
         self._poll.register(self.sock, events)
         seconds = deadline - time.monotonic()
         if seconds <= 0:
+            # Of a backend's, `BackendConnection.failure` makes another text.
             raise Stalled(408, "the client is too slow: it did not send or take a byte in time")
         if not self._poll.poll(min(seconds, CHECK_SECONDS) * 1000) and self.check:
             self.check()
@@ -354,7 +356,7 @@ class Wire:
         return data
 
     def receive(self, size: int = RECEIVE_SIZE, *, later: bool = False) -> bytes:
-        """At least one byte, at most `size`; `later` than now, if the peer has just been spoken to."""
+        """At least one byte, at most `size`. `later`: wait before the first try, as the peer will hardly have answered."""
         deadline = self._deadline()
         data = None if later and not self.pending() else self.receive_now(size)
         while data is None:
@@ -431,7 +433,7 @@ class Wire:
                 left = left[self.sock.send(left) :]
                 deadline = None
             except WOULD_BLOCK:
-                # For a moment: a full buffer counts as writable only when a third of its megabytes is free.
+                # Then try again: a full buffer counts as writable only when a third of its megabytes is free.
                 deadline = deadline or self._deadline()
                 self._wait(select.POLLOUT, deadline)
             except OSError as error:
@@ -675,11 +677,10 @@ class BackendResponse:
     else closes it."""
 
     will_close = False  # HTTPConnection would close the connection before the body was read
-    connection: BackendConnection
+    connection: BackendConnection  # set by its `exchange`
 
-    def __init__(self, sock: Wire, debuglevel: int = 0, method: str | None = None, url: str | None = None) -> None:
-        self.wire = sock
-        self._method = method or ""
+    def __init__(self, sock: Wire, method: str) -> None:
+        self.wire, self._method = sock, method
 
     def begin(self) -> None:
         """Read the head of the final answer; `interim` holds those before it (RFC 9110 15.2)."""
@@ -794,7 +795,8 @@ class BackendConnection(http.client.HTTPConnection):
         if isinstance(error, Malformed):
             return BackendError(502, f"the backend's answer is malformed: {error.reason}")
         if isinstance(error, Stalled):
-            return BackendError(504, f"the backend gave no answer within {self.backend.silence:g} s")
+            time_limit = "in time" if self.wire.end else f"within {self.backend.silence:g} s"
+            return BackendError(504, f"the backend gave no answer {time_limit}")
         return BackendError(502, f"the connection to the backend broke: {error}")
 
 
@@ -905,7 +907,7 @@ STUCK_TRIES = 3
 STUCK_PAUSE = 1.0
 RETURN_SECONDS = 1.0  # for which the client of a refused clone is expected back with another VMID
 SHORTEST_POLL = 0.01  # between two polls of a task whose process can't be watched
-LONGEST_LINE_DISTANCE = 60.0
+LONGEST_LINE_DISTANCE = 60.0  # between two lines that say that a task still runs
 
 PVE = "PVE"  # the scope of a hold: all clones
 SHUTTING_DOWN = "the clone queue is shutting down; the clone was not started"
@@ -1505,7 +1507,7 @@ class CloneQueue(queue.Queue[CloneJob]):
             "waited_seconds": round(waited, 3),
             "clone_seconds": round(ran, 3),
             "ended": round(time.time() - now + job.ended_at, 3) if job.ended_at else None,
-            "gives_up_in": round(hold.end_of(job) - now, 1) if hold else None,
+            "gives_up_in": max(0.1, round(hold.end_of(job) - now, 1)) if hold else None,  # it may be overdue
         }
 
     def summary(self) -> str:
@@ -1670,7 +1672,7 @@ class Reservations:
     A VMID is spoken for when it was handed out, or is the `newid` of a clone that waits or runs. Only PVE's answers of 200
     hand one out: a stranger, whom PVE refuses, touches no reservation. And only for what was not spoken for since PVE was
     asked: a clone with that number may have started, and ended, meanwhile. `_lock` guards `_by_vmid`, the oldest first:
-    until when each is, or was, spoken for, and who may probe it once, since the number came without being asked for.
+    until when each is, or was, spoken for, and to whom it was handed unasked: who may ask for it by `?vmid=` once.
     """
 
     def __init__(self, seconds: float, clones: CloneQueue) -> None:
@@ -1715,7 +1717,8 @@ class Reservations:
         return first
 
     def _claim(self, vmid: str, asked_at: float, handed_to: Owner | None = None, probed_by: Owner | None = None) -> bool:
-        """Speak for a VMID, so that nobody else is told the same; False if it is spoken for, or was since then."""
+        """Speak for a VMID, so that nobody else is told the same; False if it is spoken for, or was since then. It is handed
+        to somebody unasked, or to who asks for this very number."""
         with self._lock:
             until, may_probe = self._by_vmid.get(vmid, (0.0, None))
             reserved = until > asked_at and (may_probe is None or may_probe != probed_by)
@@ -1819,7 +1822,7 @@ def _wait_for_flow(up: _Flow, down: _Flow) -> bool:
         events = (select.POLLIN if flow.wants_to_read() else 0) | (select.POLLOUT if opposite.buffer else 0)
         if flow.wants_to_read() and flow.source.pending():
             return True
-        if events or not opposite.sink_ended:  # of one that is not wanted any more POLLHUP would come over and over
+        if events or not opposite.sink_ended:  # closed both ways it would report POLLHUP, read as broken below
             poll.register(flow.source.sock, events)
     half_closed = up.source_ended or down.source_ended
     ready = poll.poll(HALF_CLOSED_SECONDS * 1000 if half_closed else None)
@@ -1850,9 +1853,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.sock: socket.socket = self.request
         self.peer = plain_address(str(self.client_address[0])) or "0.0.0.0"
         self.message: Request | None = None  # the request in hand, or the one before it
-        self.unread = False  # a part of it
-        self.responding = False
-        self.credit = SLOW_SECONDS
+        self.unread = False  # whether a part of it has not been read
+        self.responding = False  # whether an answer has begun that is not complete
+        self.credit = SLOW_SECONDS  # see `_note_moved`
         self.paid_until = math.inf  # see `_await_client`; written by this thread alone
         self.server.join(self)
 
@@ -1862,15 +1865,15 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         keep_tcp_alive(self.sock)
         if self.server.tls:  # its handshake comes with the first read
             self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        self.wire = Wire(self.sock, self.server.backend.silence)
-        self.watch = Client(self.sock.fileno(), self.peer)
+        self.wire = Wire(self.sock, self.server.backend.silence)  # -request-timeout limits the client's silence, too
+        self.watch = Client(self.sock.fileno(), self.peer)  # for all but clones, each of which has its own
         super().handle()
 
     def finish(self) -> None:
         """Close the connection; from here on nobody else may touch its descriptor."""
         self.server.leave(self)
         if not self.responding:  # a goodbye behind an answer that was cut off would make it look complete
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))  # no reset, see `_respond`
             close_notify(self.sock)
         self.sock.close()
 
@@ -1933,7 +1936,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 yield piece
                 self._await_client()
             self.unread = False
-        except (Malformed, Stalled) as error:
+        except (Malformed, Stalled) as error:  # which BackendConnection.exchange, who reads this, would take for its backend's
             raise Refusal(error.status, error.reason) from None
         except Disconnected:
             raise ClientGone from None
@@ -1954,7 +1957,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     # Answering
 
     def _answer(self, request: Request) -> None:
-        """Decide what the request is. What is no clone is counted and logged."""
+        """Decide what the request is. What is no clone and no tunnel is counted, and logged with -verbose."""
         self.forwarded_for = self._forwarded_for(request)
         settings = self.server.settings
         call = clone_call(request, settings.qemu)
@@ -2492,7 +2495,7 @@ function show(s) {
   $('sentence').textContent = (r ? `Cloning ${label(r)} for ${period(r.clone_seconds)}; ` : 'No clone runs; ') +
     `${n} of ${s.queue_size} wait` + (foreseen ? `, about ${period(median * (n + 1))} until the last is done.` : '.');
   $('counts').textContent = `Since ${clock(s.now - s.uptime_seconds)}: ${t.completed} done, ${t.failed} failed, ` +
-    `refused ${t.taken} (VMID taken), ${t.rejected} (queue full), ${t.refused} (login); ${t.abandoned} left` +
+    `refused ${t.taken} (VMID taken), ${t.rejected} (no place), ${t.refused} (login, request); ${t.abandoned} left` +
     (median ? `; the median clone takes ${period(median)}.` : '.');
   $('more').textContent = n > FIRST ? `and ${n - FIRST} more` : '';
   if (getSelection().isCollapsed) tables(s);  // what is marked, say to be copied, stays
@@ -2644,7 +2647,7 @@ def check(settings: Settings) -> int:
         "-listen": lambda: _check_listen(settings.listen),
         "-status-listen": lambda: _check_listen(settings.status_listen),
         "PVE": lambda: _check_pve(settings),
-        "tasks": lambda: "their end is seen " + ("at once" if os.path.exists("/proc/1/stat") else "by polling: /proc hides them"),
+        "tasks": lambda: f"of this host: their end is seen {'at once' if os.path.exists('/proc/1/stat') else 'by polling only'}",
     }
     status = 0
     for name, look in checks.items():

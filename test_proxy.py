@@ -4381,7 +4381,9 @@ class SlowBodies(unittest.TestCase):
             clones = queue_up(proxy, clone_request(201), clone_request(202))
             pve.wait_for_clones(1)
             tunnels = open_tunnels(proxy, 3)
-            dripping, *uploads = bring(proxy, self.DRIPPING, *[upload] * 4)
+            dripping = bring(proxy, self.DRIPPING)[0]
+            wait_until(lambda: pve.requests - pve.polls == 7, "the drip at PVE, behind two logins, a clone and the tunnels")
+            uploads = bring(proxy, *[upload] * 4)
             self.keep_sending(uploads, bytes(4096))
             wait_until(lambda: snapshot_of(proxy)["connections"] == 10, "all of them")
             idle = self.let_in(proxy, GET)
