@@ -452,13 +452,13 @@ def close_notify(sock: socket.socket) -> None:
             sock.unwrap()
 
 
-def whole(pieces: Iterable[bytes], limit: int, too_large: Refusal) -> bytes:
-    """All of a body, of which no more than `limit` bytes are read. Raises `too_large`."""
+def whole(pieces: Iterable[bytes], limit: int) -> bytes | None:
+    """All of a body; None if it is larger than that: then no more of it is read."""
     body = bytearray()
     for piece in pieces:
         body += piece
         if len(body) > limit:
-            raise too_large
+            return None
     return bytes(body)
 
 
@@ -826,9 +826,10 @@ class Backend:
 
     def exchange(self, outgoing: Outgoing, seconds: float, check: Check | None = None) -> Answer:
         """The whole answer, within that time. Raises BackendError."""
-        too_large = BackendError(502, f"the backend's answer is larger than {MAX_ANSWER} bytes")
         with self.open(outgoing, check, seconds) as response:
-            body = whole(response, MAX_ANSWER, too_large)
+            body = whole(response, MAX_ANSWER)
+        if body is None:
+            raise BackendError(502, f"the backend's answer is larger than {MAX_ANSWER} bytes")
         head = response.head
         return Answer(head.status, head.reason, head.end_to_end(HOP_BY_HOP | {"content-length"}), body)
 
@@ -2125,9 +2126,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def _admit(self, request: Request, call: CloneCall, client: Client) -> CloneJob:
         """The clone's job in the queue. Raises Refusal and ClientGone."""
-        too_large = Refusal(413, f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes")
+        too_large = f"the body of a clone request is larger than {MAX_CLONE_BODY} bytes"
         if request.length > MAX_CLONE_BODY:
-            raise too_large
+            raise Refusal(413, too_large)
         fields = self._outgoing_fields(request, REQUEST_DROP | {"content-length"})
         fields.append(("Content-Length", str(max(request.length, 0))))
         Outgoing(request.method, request.target, fields)  # before anybody waits for a clone that PVE would misread
@@ -2136,8 +2137,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         poll_fields = [self.server.backend.host_field, *credentials, ("X-Forwarded-For", self.forwarded_for)]
         # Strangers must not fill the queue, nor the memory with a body. PVE takes 3 s to say 401, in this thread's time.
         self._check_login(Outgoing("GET", "/api2/json/version", poll_fields), client)
-        pieces = self.request_body(request, seconds=HEAD_SECONDS) if request.length else ()
-        body = whole(pieces, MAX_CLONE_BODY, too_large)
+        body = whole(self.request_body(request, seconds=HEAD_SECONDS) if request.length else (), MAX_CLONE_BODY)
+        if body is None:
+            raise Refusal(413, too_large)
         fields[-1] = ("Content-Length", str(len(body)))
         outgoing = Outgoing(request.method, request.target, fields, body)
         call = call._replace(newid=newid_of(request.target.partition("?")[2], body))
@@ -2223,7 +2225,8 @@ class ListeningServer(http.server.ThreadingHTTPServer):
         self.address = host_port(host, port)
         self.is_local = ipaddress.ip_address(plain_address(host) or "::").is_loopback  # only this host can reach it
         self.limit = limit
-        self.lock = threading.Lock()
+        # Re-entrant: should a body's reader, which asks for it at its end, be left to the garbage collector, that runs anywhere.
+        self.lock = threading.RLock()
         self.closed = threading.Condition(self.lock)
         self.connections = 0
 

@@ -2524,6 +2524,14 @@ class Cloning(unittest.TestCase):
             body = b"newid=201&".ljust(size, b"x")
             self.assertEqual(proxy.ask(head + b"Content-Length: %d\r\n\r\n" % size + body).status, 200)
 
+    def test_refused_bodies_leave_no_reader_to_the_garbage_collector(self) -> None:
+        """It would run anywhere, also where the lock is held that the reader asks for."""
+        body = b"x" * (512 * 1024 + 1)
+        request = CLONE_HEAD % b"" + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n" % len(body) + body
+        with FakePVE(tls="") as pve, Proxy(pve.url, constants="import gc; gc.set_threshold(100, 1, 1)") as proxy:
+            statuses = at_once(6, lambda index: {proxy.ask(request).status for _ in range(60)})
+            self.assertEqual(statuses, [{413}] * 6)
+
     def test_a_full_queue_says_503_at_once_and_before_pve_is_asked(self) -> None:
         with FakePVE(clone_seconds=ENDLESS) as pve, Proxy(pve.url, "-queue-size", "2") as proxy:
             wires = queue_up(proxy, clone_request(201))
